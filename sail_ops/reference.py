@@ -1,0 +1,154 @@
+"""What every operator means: plain PyTorch, any dtype, any device, differentiable.
+
+T tokens, D hidden, F expert width, E experts, K top-k, R = T*K routed rows; suffixes on tensors (`x_TD`).
+Slow by design. Tests compare the kernels with these functions in fp64, benchmarks name them as baselines.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GateUp = Tensor | tuple[Tensor, Tensor]
+Biases = tuple[Tensor, Tensor]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Routing(NamedTuple):
+    """What `route_topk` decides: weights and ids of each token's experts, and the batch statistics."""
+
+    weights_TK: Tensor
+    ids_TK: Tensor
+    counts_E: Tensor
+    prob_sum_E: Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-6) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight, reduced in fp32 (fp64 for fp64 inputs), rounded once."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide.dtype)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """s = x + residual (rounded to x's dtype); returns (rms_norm(s), s)."""
+    s = x + residual
+    return rms_norm(s, weight_D, eps), s
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """y = silu(gate) * up, computed in fp32 (fp64 for fp64 inputs), rounded once."""
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def route_topk(
+    logits_TE: Tensor,
+    k: int,
+    *,
+    renormalize: bool,
+    bias_E: Tensor | None = None,
+    ids_TK: Tensor | None = None,
+    mask_T: Tensor | None = None,
+) -> Routing:
+    """p = softmax(logits); ids = top-k of p + bias; weights = p[ids], divided by their sum if `renormalize`."""
+    probs_TE = _wide(logits_TE).softmax(-1)
+    if ids_TK is None:
+        score_TE = probs_TE if bias_E is None else probs_TE + bias_E
+        # a stable sort: ties go to the lower expert id
+        ids_TK = score_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    ids_TK = ids_TK.long()
+    weights_TK = probs_TE.gather(1, ids_TK)
+    if renormalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    keep_T = torch.ones_like(probs_TE[:, 0], dtype=torch.bool) if mask_T is None else mask_T.bool()
+    counts_E = torch.bincount(ids_TK[keep_T].flatten(), minlength=logits_TE.shape[1])
+    prob_sum_E = (probs_TE * keep_T[:, None]).sum(0)
+    return Routing(weights_TK, ids_TK, counts_E, prob_sum_E)
+
+
+def fused_experts(
+    x_TD: Tensor,
+    gate_up_E2FD: GateUp,
+    down_EDF: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    activation: str = "silu",
+    biases: Biases | None = None,
+    clamp: float | None = None,
+) -> Tensor:
+    """y_t = sum_k w_tk * down[e] @ (act(gate[e] @ x_t) * (up[e] @ x_t)), e = ids_tk; ids outside [0, E) add nothing.
+
+    Like the eager loop of transformers, it rounds each expert's output to x's dtype; it then sums in that dtype.
+    """
+    out_TD = torch.zeros_like(x_TD)
+    for e in range(down_EDF.shape[0]):
+        token, slot = (ids_TK == e).nonzero(as_tuple=True)
+        rows = _expert(x_TD[token], gate_up_E2FD, down_EDF, e, activation, biases, clamp)
+        out_TD = out_TD.index_add(0, token, rows * weights_TK[token, slot, None].to(rows.dtype))
+    return out_TD
+
+
+def grouped_experts(
+    x_RD: Tensor,
+    gate_up_E2FD: GateUp,
+    down_EDF: Tensor,
+    offsets_E: Tensor,
+    weights_R: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    biases: Biases | None = None,
+    clamp: float | None = None,
+) -> Tensor:
+    """`fused_experts` on rows already sorted by expert: expert e owns rows [offsets[e-1], offsets[e]); tail rows give 0."""
+    parts, start = [], 0
+    for e, end in enumerate(offsets_E.tolist()):
+        rows = _expert(x_RD[start:end], gate_up_E2FD, down_EDF, e, activation, biases, clamp)
+        parts.append(rows if weights_R is None else rows * weights_R[start:end, None].to(rows.dtype))
+        start = end
+    parts.append(torch.zeros_like(x_RD[start:]))
+    return torch.cat(parts)
+
+
+def grouped_mm(x_RK: Tensor, w_EKN: Tensor, offsets_E: Tensor) -> Tensor:
+    """y[r] = x[r] @ w[e] for r in [offsets[e-1], offsets[e]); tail rows give 0."""
+    parts, start = [], 0
+    for e, end in enumerate(offsets_E.tolist()):
+        parts.append(x_RK[start:end] @ w_EKN[e])
+        start = end
+    parts.append(x_RK.new_zeros(x_RK.shape[0] - start, w_EKN.shape[2]))
+    return torch.cat(parts)
+
+
+def gated_activation(
+    gate: Tensor, up: Tensor, activation: str = "silu", clamp: float | None = None
+) -> Tensor:
+    """act(gate) * up; with `clamp` = c first gate = min(gate, c), up = min(max(up, -c), c)."""
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _expert(
+    x_ND: Tensor,
+    gate_up: GateUp,
+    down: Tensor,
+    e: int,
+    activation: str,
+    biases: Biases | None,
+    clamp: float | None,
+) -> Tensor:
+    gate_up_e = gate_up[e] if isinstance(gate_up, Tensor) else torch.cat([gate_up[0][e], gate_up[1][e]])
+    bias_1, bias_2 = (None, None) if biases is None else (biases[0][e], biases[1][e])
+    gate, up = F.linear(x_ND, gate_up_e, bias_1).chunk(2, -1)
+    return F.linear(gated_activation(gate, up, activation, clamp), down[e], bias_2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
