@@ -1,0 +1,65 @@
+"""CMake builds the libraries; this file only drives it and says where they go.
+
+SAIL_OPS_CUDA=AUTO|ON|OFF   SAIL_OPS_CUDA_ARCHS="80;90a" (or TORCH_CUDA_ARCH_LIST="8.0 9.0a")
+MAX_JOBS=n   CMAKE_ARGS="..."
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def cuda_archs() -> str:
+    wanted = os.environ.get("SAIL_OPS_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or "80;90a"
+    archs = []
+    for arch in re.split(r"[;,\s]+", wanted.strip()):
+        number = arch.replace("+PTX", "").replace(".", "")
+        archs.append("90a" if number == "90" else number)
+    return ";".join(dict.fromkeys(archs))
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs with CMake; `build/cmake` is kept, so the next build is incremental."""
+
+    def run(self):
+        inplace = self.inplace or self.editable_mode
+        prefix = ROOT if inplace else Path(self.build_lib).resolve()
+        build = ROOT / "build" / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = ["cmake", "-GNinja", "-S", str(ROOT), "-B", str(build)]
+        configure += [f"-DSAIL_OPS_CUDA={os.environ.get('SAIL_OPS_CUDA', 'AUTO')}"]
+        configure += [f"-DSAIL_OPS_CUDA_ARCHS={cuda_archs()}", *os.environ.get("CMAKE_ARGS", "").split()]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
+        subprocess.run(["cmake", "--install", str(build), "--prefix", str(prefix), "--strip"], check=True)
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """No file links libpython, so one wheel serves every Python 3."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("sail_ops._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+)
