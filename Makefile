@@ -1,0 +1,58 @@
+# Each job makes its own environment in .venv, once, and rebuilds the libraries where a source has changed.
+#   make demo       train a small SAIL-VL2-MoE on easy-vqa, test it, let it answer      (arguments: ARGS="...")
+#   make test       the test suite                                                      (ARGS="-k norm")
+#   make bench      the benchmarks: table, verdict, benchmarks/results/                 (ARGS="-k bf16")
+#   make lint       ruff, mypy, clang-format      make format   apply ruff and clang-format
+#   make sanitize   the CPU kernels under AddressSanitizer and UBSan, over the edge cases
+#   make build      the libraries and what the jobs need, nothing run
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+INSTALL_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml constraints.txt
+
+.PHONY: demo test bench lint format sanitize build clean
+
+demo: $(VENV)/.demo
+	$(PY) -m training.demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.dev
+	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+sanitize: $(VENV)/.dev
+	VENV=$(VENV) tests/sanitize.sh $(ARGS)
+
+build: $(VENV)/.dev
+
+clean:
+	rm -rf $(VENV) build sail_ops/*.so *.egg-info
+
+# torch first and alone: later packages only ask for some torch, and what asks first decides which build comes
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"{sys.executable}: Python 3.11 or newer is needed (make PYTHON=...)")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP_INSTALL) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(INSTALL_INPUTS)
+	$(PIP_INSTALL) --editable '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(INSTALL_INPUTS)
+	$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	touch $@ $(VENV)/.demo
