@@ -1,0 +1,128 @@
+"""The cases of bench_moe.py: layer sizes, routings, and what a step must compute and move at the least.
+
+T tokens, D hidden, F expert width, E experts, K top-k.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one expert layer."""
+
+    D: int
+    F: int
+    E: int
+    K: int
+
+
+SIZES = {
+    "full": Sizes(D=2048, F=768, E=128, K=8),  # Qwen3-30B-A3B, the language model of SAIL-VL2-MoE
+    "tiny": Sizes(D=64, F=32, E=16, K=4),  # runs every line of the benchmarks in seconds; its timings mean nothing
+}
+
+
+def size_name() -> str:
+    """`SAIL_BENCH_SIZE`, "full" unless set."""
+    name = os.environ.get("SAIL_BENCH_SIZE", "full")
+    if name not in SIZES:
+        raise ValueError(f"SAIL_BENCH_SIZE: got {name!r}, want one of {sorted(SIZES)}")
+    return name
+
+
+@dataclass(frozen=True)
+class MoeCase:
+    """One row: `gradients` says where a training step puts dW.
+
+    fresh       a new tensor each step, whose pages the kernel faults in
+    huge_pages  the same in a process where malloc asks for 2 MiB pages, for every implementation
+    in_place    added into a buffer that stays: `main_grads` for sail_ops, `.grad` accumulation for the others
+    """
+
+    dtype: str
+    routing: str
+    T: int
+    mode: str
+    gradients: str | None = None
+    size: str = "full"
+
+    @property
+    def id(self) -> str:
+        """As in `pytest -k`."""
+        parts = (self.dtype, self.routing, f"T{self.T}", self.mode, self.gradients)
+        return "-".join(part for part in parts if part)
+
+    @property
+    def sizes(self) -> Sizes:
+        return SIZES[self.size]
+
+    @property
+    def flops(self) -> int:
+        """6 T K F D forward (three matrices, a multiply and an add each); the backward pass has twice as many."""
+        s = self.sizes
+        return (18 if self.mode == "train" else 6) * self.T * s.K * s.F * s.D
+
+    def weight_traffic(self, hit: float) -> tuple[float, float]:
+        """(bytes read, bytes written) of weights and dW at the least, with `hit` of the E experts routed to.
+
+        Forward and backward each read the weights of the experts hit. A fresh dW is written for all E experts
+        (zeros where none came), one in place is read and written for the experts hit.
+        """
+        s = self.sizes
+        expert = 3 * s.F * s.D * DTYPES[self.dtype].itemsize
+        if self.mode == "forward":
+            return hit * expert, 0.0
+        if self.gradients == "in_place":
+            return 3 * hit * expert, hit * expert
+        return 2 * hit * expert, s.E * expert
+
+
+def moe_cases() -> list[MoeCase]:
+    """Every row of bench_moe.py. Dtype is outermost: all rows of a dtype share one set of weights."""
+    size = size_name()
+    return [
+        case
+        for dtype in DTYPES
+        for case in [
+            *(
+                MoeCase(dtype, routing, T, "forward", None, size)
+                for routing in ("uniform", "zipf")
+                for T in (1, 16, 128, 1024)
+            ),
+            *(
+                MoeCase(dtype, routing, T, "train", gradients, size)
+                for gradients in ("fresh", "huge_pages", "in_place")
+                for routing in ("uniform", "zipf")
+                for T in (128, 512)
+            ),
+        ]
+    ]
+
+
+def draw_routings(case: MoeCase, pool: int) -> list[Tensor]:
+    """`pool` routings, ids [T, K] each: K distinct experts a token, by Gumbel top-k over the experts' popularity.
+
+    uniform: equal popularity; where T*K <= E, consecutive routings share no expert until all E were used, so that no
+    cache holds their weights. zipf: popularity 1/rank, the ranks in random order (at E = 128 the first expert draws
+    about one token in two).
+    """
+    s = case.sizes
+    generator = torch.Generator().manual_seed(0)
+    if case.routing == "uniform" and case.T * s.K <= s.E:
+        order = torch.randperm(s.E, generator=generator)
+        chunks = order[: s.E // (case.T * s.K) * case.T * s.K].reshape(-1, case.T, s.K)
+        return [chunks[i % len(chunks)] for i in range(pool)]
+    popularity_E = torch.ones(s.E)
+    if case.routing == "zipf":
+        popularity_E = 1 / (1 + torch.randperm(s.E, generator=generator).float())
+    routings = []
+    for _ in range(pool):
+        gumbel_TE = -torch.empty(case.T, s.E).exponential_(generator=generator).log()
+        routings.append((popularity_E.log() + gumbel_TE).topk(s.K, -1).indices)
+    return routings

@@ -1,0 +1,50 @@
+"""What the machine can do, measured in the same run: dense matrix products and memory bandwidth."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from benchmarks.cases import DTYPES
+from benchmarks.harness import best_of
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates of torch's own kernels, the best of several shapes and repeats."""
+
+    dense_gflops: dict[str, float]
+    read_gb_s: float
+    write_gb_s: float
+    copy_gb_s: float  # read and written bytes together
+
+    def seconds(self, dtype: str, flops: float, read: float, written: float) -> float:
+        """The least time: arithmetic and traffic overlap perfectly, each at its rate."""
+        traffic = read / self.read_gb_s + written / self.write_gb_s
+        return max(flops / self.dense_gflops[dtype], traffic) / 1e9
+
+    def as_dict(self) -> dict[str, object]:
+        """For the JSON file."""
+        return asdict(self)
+
+
+def measure(size: str) -> Limits:
+    """About four seconds at "full"; buffers far larger than any cache."""
+    tiny = size == "tiny"
+    numbers, repeats = (2**20, 2) if tiny else (2**28, 5)
+    source, target = torch.ones(numbers), torch.zeros(numbers)
+    gb = source.nbytes / 1e9
+    read = min(
+        best_of(source.sum, repeats), best_of(source.max, repeats), best_of(lambda: torch.dot(source, target), repeats) / 2
+    )
+    write = min(best_of(lambda: target.fill_(1.0), repeats), best_of(target.zero_, repeats))
+    copy = best_of(lambda: target.copy_(source), repeats)
+    shapes = [(64, 64, 64)] if tiny else [(2048, 2048, 2048), (4096, 2048, 1536), (4096, 4096, 4096)]
+    dense = {name: max(dense_gflops(dtype, *shape, repeats) for shape in shapes) for name, dtype in DTYPES.items()}
+    return Limits(dense, gb / read, gb / write, 2 * gb / copy)
+
+
+def dense_gflops(dtype: torch.dtype, m: int, k: int, n: int, repeats: int) -> float:
+    """Of `torch.mm`, [m, k] x [n, k]^T as a linear layer has it, into an existing output."""
+    a, b, out = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.empty(m, n, dtype=dtype)
+    torch.mm(a, b.t(), out=out)
+    return 2 * m * k * n / best_of(lambda: torch.mm(a, b.t(), out=out), repeats) / 1e9
