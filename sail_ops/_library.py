@@ -1,17 +1,22 @@
 """Loads the compiled libraries, which register torch.ops.sail_ops.*."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
 
-_HERE = Path(__file__).resolve().parent
+# SAIL_OPS_LIBRARY_DIR: another build of the same version (sanitizers, mutation tests)
+_HERE = Path(os.environ.get("SAIL_OPS_LIBRARY_DIR") or Path(__file__).resolve().parent)
 CPU_LIBRARY = _HERE / "libsail_ops_cpu.so"
 CUDA_LIBRARY = _HERE / "libsail_ops_cuda.so"
 
 if not CPU_LIBRARY.exists():
     raise ImportError(f"sail_ops is not built: {CPU_LIBRARY} is missing; run `pip install -e .` in the source folder")
 torch.ops.load_library(str(CPU_LIBRARY))
+_cpu = ctypes.CDLL(str(CPU_LIBRARY))
+_cpu.sail_cpu_isa.restype = _cpu.sail_cpu_isas.restype = _cpu.sail_cpu_set_isa.restype = ctypes.c_char_p
+_cpu.sail_cpu_set_isa.argtypes = [ctypes.c_char_p]
 
 HAS_CUDA = bool(torch.version.cuda) and CUDA_LIBRARY.exists()
 if HAS_CUDA:
@@ -19,10 +24,22 @@ if HAS_CUDA:
 
 
 def cpu_isa() -> str:
-    """The instruction set the CPU kernels use on this machine: generic, avx2, avx512 or avx512_bf16."""
-    lib = ctypes.CDLL(str(CPU_LIBRARY))
-    lib.sail_cpu_isa.restype = ctypes.c_char_p
-    name: str = lib.sail_cpu_isa().decode()
-    if name.startswith("error: "):
-        raise ValueError(name.removeprefix("error: "))
-    return name
+    """The instruction set the CPU kernels use: generic, avx2, avx512 or avx512_bf16."""
+    return _text(_cpu.sail_cpu_isa())
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Those that this library contains and this machine has, weakest first."""
+    return tuple(_text(_cpu.sail_cpu_isas()).split(", "))
+
+
+def set_cpu_isa(name: str | None) -> None:
+    """For tests: the instruction set to use from now on, in the whole process; None goes back to the default."""
+    _text(_cpu.sail_cpu_set_isa(None if name is None else name.encode()))
+
+
+def _text(answer: bytes) -> str:
+    text = answer.decode()
+    if text.startswith("error: "):
+        raise ValueError(text.removeprefix("error: "))
+    return text

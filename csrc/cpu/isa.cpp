@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -9,22 +10,31 @@ namespace sail::cpu {
 namespace {
 constexpr int kCount = static_cast<int>(Isa::count);
 
+std::atomic<int> forced{-1};  // by sail_cpu_set_isa
+
+std::string supported_names() {
+  std::string names;
+  for (int i = 0; i < kCount; i++)
+    if (isa_supported(static_cast<Isa>(i)))
+      names += (names.empty() ? "" : ", ") + std::string(isa_name(static_cast<Isa>(i)));
+  return names;
+}
+
+Isa parse(const char* source, const char* wanted) {
+  for (int i = 0; i < kCount; i++)
+    if (isa_supported(static_cast<Isa>(i)) && !std::strcmp(wanted, isa_name(static_cast<Isa>(i))))
+      return static_cast<Isa>(i);
+  throw std::invalid_argument(std::string(source) + ": got '" + wanted +
+                              "', expected one that this machine has: " + supported_names());
+}
+
 Isa choose() {
   const char* wanted = std::getenv("SAIL_OPS_ISA");
-  if (!wanted || !*wanted) {
-    int best = 0;
-    for (int i = 0; i < kCount; i++)
-      if (isa_supported(static_cast<Isa>(i))) best = i;
-    return static_cast<Isa>(best);
-  }
-  std::string names;
-  for (int i = 0; i < kCount; i++) {
-    const Isa isa = static_cast<Isa>(i);
-    if (!isa_supported(isa)) continue;
-    if (!std::strcmp(wanted, isa_name(isa))) return isa;
-    names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
-  }
-  throw std::invalid_argument("SAIL_OPS_ISA: got '" + std::string(wanted) + "', expected one that this machine has: " + names);
+  if (wanted && *wanted) return parse("SAIL_OPS_ISA", wanted);
+  int best = 0;
+  for (int i = 0; i < kCount; i++)
+    if (isa_supported(static_cast<Isa>(i))) best = i;
+  return static_cast<Isa>(best);
 }
 }  // namespace
 
@@ -52,18 +62,35 @@ bool isa_supported(Isa isa) {
 }
 
 Isa active_isa() {
+  const int f = forced.load(std::memory_order_relaxed);
+  if (f >= 0) return static_cast<Isa>(f);
   static const Isa isa = choose();
   return isa;
 }
+
+namespace {
+// The text lives until this thread asks again.
+template <class F> const char* text_or_error(F f) {
+  static thread_local std::string text;
+  try {
+    text = f();
+  } catch (const std::exception& e) { text = std::string("error: ") + e.what(); }
+  return text.c_str();
+}
+}  // namespace
 }  // namespace sail::cpu
 
-// For `python -m sail_ops` and the tests (ctypes): the name, or the error's text.
-extern "C" __attribute__((visibility("default"))) const char* sail_cpu_isa() {
-  static std::string text;
-  try {
-    text = sail::cpu::isa_name(sail::cpu::active_isa());
-  } catch (const std::exception& e) {
-    text = std::string("error: ") + e.what();
-  }
-  return text.c_str();
+// For `python -m sail_ops` and the tests (ctypes): a name, names, or "error: ..."
+#define SAIL_EXPORT extern "C" __attribute__((visibility("default")))
+SAIL_EXPORT const char* sail_cpu_isa() {
+  return sail::cpu::text_or_error([] { return std::string(sail::cpu::isa_name(sail::cpu::active_isa())); });
+}
+SAIL_EXPORT const char* sail_cpu_isas() { return sail::cpu::text_or_error(sail::cpu::supported_names); }
+
+// For tests: overrides the choice in the whole process; a null name takes the override away.
+SAIL_EXPORT const char* sail_cpu_set_isa(const char* name) {
+  return sail::cpu::text_or_error([=] {
+    sail::cpu::forced = name ? static_cast<int>(sail::cpu::parse("sail_cpu_set_isa", name)) : -1;
+    return std::string();
+  });
 }
