@@ -1,0 +1,207 @@
+"""The language model: Qwen3, dense or mixture of experts.
+
+B batch, L sequence, T = B*L tokens, D hidden, E experts, K top-k, I expert width, H/G query/key-value heads, A head dim.
+Grouped-query attention with RMSNorm on q and k before RoPE; SwiGLU or routed experts. Modules carry the names of the
+released checkpoint. Source: Qwen3 technical report (arXiv 2505.09388), section 2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import sail_ops
+
+from .attention import PackedLayout, masked_attention, packed_attention
+from .config import is_moe_layer
+from .layers import RMSNorm, residual_linear, residual_scale
+
+Statistics = tuple[Tensor, Tensor]  # counts_E, prob_sum_E
+Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, L, 1, A/2]
+
+
+class LanguageModel(nn.Module):
+    """The decoder and the head that turns hidden states into vocabulary logits."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class Decoder(nn.Module):
+    """Embedded tokens [B, L, D] -> final hidden states [B, L, D] and one `Statistics` per mixture-of-experts layer."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        positions_BL: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        packed: PackedLayout | None = None,
+        token_mask_T: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, list[Statistics]]:
+        """`attention_mask` as in `masked_attention`, or `packed`; `token_mask_T` leaves padding out of the statistics."""
+        rotation = rotary_tables(positions_BL, self.config)
+        statistics = []
+        for layer in self.layers:
+            x_BLD, stats = layer(
+                x_BLD,
+                rotation,
+                attention_mask=attention_mask,
+                packed=packed,
+                token_mask_T=token_mask_T,
+                past_key_values=past_key_values,
+            )
+            if stats is not None:
+                statistics.append(stats)
+        return self.norm(x_BLD), statistics
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or routed."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SparseMoe(config) if is_moe_layer(config, layer_idx) else MLP(config)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotation: Rotation,
+        *,
+        attention_mask: Tensor | None,
+        packed: PackedLayout | None,
+        token_mask_T: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Statistics | None]:
+        attended = self.self_attn(
+            self.input_layernorm(x_BLD), rotation, attention_mask, packed, past_key_values
+        )
+        normed, x_BLD = self.post_attention_layernorm.add(attended, x_BLD)
+        if isinstance(self.mlp, SparseMoe):
+            y_BLD, stats = self.mlp(normed, token_mask_T)
+            return x_BLD + y_BLD, stats
+        return x_BLD + self.mlp(normed), None
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; q and k are normalized per head, then rotated."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = head_dim(config)
+        q_width, kv_width = (
+            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = residual_linear(q_width, config.hidden_size, config.num_hidden_layers)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotation: Rotation,
+        attention_mask: Tensor | None,
+        packed: PackedLayout | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        heads = (-1, self.head_dim)
+        q_BLHA = rotate(self.q_norm(self.q_proj(x_BLD).unflatten(-1, heads)), rotation)
+        k_BLGA = rotate(self.k_norm(self.k_proj(x_BLD).unflatten(-1, heads)), rotation)
+        v_BLGA = self.v_proj(x_BLD).unflatten(-1, heads)
+        if packed is not None:
+            out_BLHA = packed_attention(q_BLHA[0], k_BLGA[0], v_BLGA[0], packed)[None]
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q_BLHA, k_BLGA, v_BLGA))
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)
+            out_BLHA = masked_attention(q, k, v, attention_mask).transpose(1, 2)
+        return self.o_proj(out_BLHA.flatten(2))
+
+
+class MLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = residual_linear(
+            config.intermediate_size, config.hidden_size, config.num_hidden_layers
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(sail_ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class SparseMoe(nn.Module):
+    """y = sum over the top K experts of weight * expert(x), through `sail_ops.route_topk` and `fused_experts`."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.top_k, self.renormalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Statistics]:
+        x_TD = x_BLD.flatten(0, 1)
+        routing = sail_ops.route_topk(
+            self.gate(x_TD), self.top_k, renormalize=self.renormalize, mask_T=token_mask_T
+        )
+        y_TD = self.experts(x_TD, routing.ids_TK, routing.weights_TK)
+        return y_TD.view_as(x_BLD), (routing.counts_E, routing.prob_sum_E)
+
+
+class Experts(nn.Module):
+    """All experts of a layer as two stacked parameters: gate_up_proj [E, 2I, D] (gate rows first), down_proj [E, D, I]."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        e, i, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, d))
+        self.down_proj = nn.Parameter(torch.empty(e, d, i))
+        self.down_init_scale = residual_scale(config.num_hidden_layers)
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return sail_ops.fused_experts(x_TD, self.gate_up_proj, self.down_proj, ids_TK, weights_TK)
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """A: `head_dim` where the config has one, which need not be hidden_size / heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotary_tables(positions_BL: Tensor, config: PreTrainedConfig) -> Rotation:
+    """cos and sin of position / theta^(2i/A), fp32, [B, L, 1, A/2].
+
+    Computed anew in each step: a buffer would lose its precision when an engine casts the model to bf16.
+    """
+    dim = head_dim(config)
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions_BL.device) / dim
+    inverse_frequencies = 1.0 / config.rope_parameters["rope_theta"] ** exponents
+    angles = positions_BL[..., None, None].float() * inverse_frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BLHA: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+A/2}) by the angle of their position; in fp32, rounded once."""
+    cos, sin = rotation
+    low, high = x_BLHA.float().chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BLHA.dtype)
