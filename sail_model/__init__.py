@@ -1,18 +1,30 @@
-"""SAIL-VL2 on `sail_ops`, in Hugging Face's conventions."""
+"""SAIL-VL2 on `sail_ops`, in Hugging Face's conventions: the Auto classes know it once this package is imported."""
 
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
+from .checkpoint import load_released
 from .config import PRESETS, SailViTConfig, SailVL2Config
+from .images import CorruptImageError, SailVL2ImageProcessor
 from .model import SailVL2ForConditionalGeneration, SailVL2Output
+from .processor import SailVL2Processor
+from .tokenizer import load_tokenizer, train_tokenizer
 
-AutoConfig.register(SailViTConfig.model_type, SailViTConfig)
-AutoConfig.register(SailVL2Config.model_type, SailVL2Config)
-AutoModelForImageTextToText.register(SailVL2Config, SailVL2ForConditionalGeneration)
+AutoConfig.register(SailViTConfig.model_type, SailViTConfig, exist_ok=True)
+AutoConfig.register(SailVL2Config.model_type, SailVL2Config, exist_ok=True)
+AutoModelForImageTextToText.register(SailVL2Config, SailVL2ForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(SailVL2Config, slow_image_processor_class=SailVL2ImageProcessor, exist_ok=True)
+AutoProcessor.register(SailVL2Config, SailVL2Processor, exist_ok=True)
 
 __all__ = [
     "PRESETS",
+    "CorruptImageError",
     "SailVL2Config",
     "SailVL2ForConditionalGeneration",
+    "SailVL2ImageProcessor",
     "SailVL2Output",
+    "SailVL2Processor",
     "SailViTConfig",
+    "load_released",
+    "load_tokenizer",
+    "train_tokenizer",
 ]

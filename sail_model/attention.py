@@ -57,10 +57,7 @@ def packed_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, layout: Packed
     outs = []
     for gather_SL in layout.gather_SL:
         rows = gather_SL.flatten()
-        q, k, v = (
-            t.index_select(0, rows).unflatten(0, gather_SL.shape).transpose(1, 2)
-            for t in (q_THA, k_TGA, v_TGA)
-        )
+        q, k, v = (t.index_select(0, rows).unflatten(0, gather_SL.shape).transpose(1, 2) for t in (q_THA, k_TGA, v_TGA))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).index_select(0, layout.scatter_T)
@@ -72,9 +69,7 @@ def masked_attention(q_BHLA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor, mask: Tenso
     Without a mask it is causal when there is more than one query, and a single query sees every key.
     """
     causal = mask is None and q_BHLA.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q_BHLA, k_BGSA, v_BGSA, attn_mask=mask, is_causal=causal, enable_gqa=True
-    )
+    return F.scaled_dot_product_attention(q_BHLA, k_BGSA, v_BGSA, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:

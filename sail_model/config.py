@@ -74,8 +74,8 @@ class SailVL2Config(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="qwen3"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # given as a dict, a config or None; a SailViTConfig from then on
+    text_config: Any = None  # likewise a Qwen3Config or Qwen3MoeConfig
     image_token_id: int = 151671
     downsample_ratio: float = 0.5
     ps_version: str = "v2"
@@ -87,10 +87,7 @@ class SailVL2Config(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         _require("SailVL2Config", self, dict(ps_version="v2", select_layer=-1))
         _check_text_config(self.text_config)
-        if (
-            self.shuffle_factor * self.downsample_ratio != 1
-            or self.vision_config.grid_size % self.shuffle_factor
-        ):
+        if self.shuffle_factor * self.downsample_ratio != 1 or self.vision_config.grid_size % self.shuffle_factor:
             raise ValueError(
                 f"SailVL2Config: downsample_ratio={self.downsample_ratio} must be 1/n with n dividing the"
                 f" {self.vision_config.grid_size} patches along a tile"
@@ -139,9 +136,7 @@ def _check_text_config(config: PreTrainedConfig) -> None:
 def _require(owner: str, config: PreTrainedConfig, wanted: dict[str, Any]) -> None:
     for field, value in wanted.items():
         if getattr(config, field) != value:
-            raise ValueError(
-                f"{owner}: {field}={getattr(config, field)!r} is not implemented, only {value!r}"
-            )
+            raise ValueError(f"{owner}: {field}={getattr(config, field)!r} is not implemented, only {value!r}")
 
 
 SAIL_VIT_HUGE = dict(hidden_size=1536, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=12)

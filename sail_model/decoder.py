@@ -1,12 +1,12 @@
 """The language model: Qwen3, dense or mixture of experts.
 
-B batch, L sequence, T = B*L tokens, D hidden, E experts, K top-k, I expert width, H/G query/key-value heads, A head dim.
+B batch, L sequence, T = B*L tokens, D hidden, E experts, K top-k, I expert width, H query heads, G key/value heads,
+A head dim.
 Grouped-query attention with RMSNorm on q and k before RoPE; SwiGLU or routed experts. Modules carry the names of the
 released checkpoint. Source: Qwen3 technical report (arXiv 2505.09388), section 2.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class Decoder(nn.Module):
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         token_mask_T: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, list[Statistics]]:
-        """`attention_mask` as in `masked_attention`, or `packed`; `token_mask_T` leaves padding out of the statistics."""
+        """`attention_mask` as for `masked_attention`, or `packed`; `token_mask_T` is True where statistics count."""
         rotation = rotary_tables(positions_BL, self.config)
         statistics = []
         for layer in self.layers:
@@ -87,9 +87,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         token_mask_T: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Statistics | None]:
-        attended = self.self_attn(
-            self.input_layernorm(x_BLD), rotation, attention_mask, packed, past_key_values
-        )
+        attended = self.self_attn(self.input_layernorm(x_BLD), rotation, attention_mask, packed, past_key_values)
         normed, x_BLD = self.post_attention_layernorm.add(attended, x_BLD)
         if isinstance(self.mlp, SparseMoe):
             y_BLD, stats = self.mlp(normed, token_mask_T)
@@ -143,9 +141,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = residual_linear(
-            config.intermediate_size, config.hidden_size, config.num_hidden_layers
-        )
+        self.down_proj = residual_linear(config.intermediate_size, config.hidden_size, config.num_hidden_layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(sail_ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -162,15 +158,13 @@ class SparseMoe(nn.Module):
 
     def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Statistics]:
         x_TD = x_BLD.flatten(0, 1)
-        routing = sail_ops.route_topk(
-            self.gate(x_TD), self.top_k, renormalize=self.renormalize, mask_T=token_mask_T
-        )
+        routing = sail_ops.route_topk(self.gate(x_TD), self.top_k, renormalize=self.renormalize, mask_T=token_mask_T)
         y_TD = self.experts(x_TD, routing.ids_TK, routing.weights_TK)
         return y_TD.view_as(x_BLD), (routing.counts_E, routing.prob_sum_E)
 
 
 class Experts(nn.Module):
-    """All experts of a layer as two stacked parameters: gate_up_proj [E, 2I, D] (gate rows first), down_proj [E, D, I]."""
+    """All experts of a layer in two parameters: gate_up_proj [E, 2I, D], gate rows first, and down_proj [E, D, I]."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()

@@ -5,13 +5,14 @@ Single-device code; parallelism, engines and the loss on the routing statistics 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .attention import PackedLayout, check_cu_seqlens, packed_layout, packed_positions
 from .config import SailVL2Config
@@ -47,7 +48,7 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: SailVL2Config
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Block", "DecoderLayer"]
@@ -151,14 +152,12 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache: Cache | None,
     ) -> Tensor:
         """Token embeddings [B, L, D], with image features in the places of image tokens."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("SailVL2: give exactly one of input_ids and inputs_embeds")
-        if input_ids is None:
-            if features is not None:
-                raise ValueError(
-                    "SailVL2: pixel_values needs input_ids, which say where the image tokens are"
-                )
+        if inputs_embeds is not None:
+            if input_ids is not None or features is not None:
+                raise ValueError("SailVL2: inputs_embeds excludes input_ids and pixel_values")
             return inputs_embeds
+        if input_ids is None:
+            raise ValueError("SailVL2: give input_ids or inputs_embeds")
         x_BLD = self.get_input_embeddings()(input_ids)
         if features is None and cache is not None and cache.get_seq_length() > 0:
             return x_BLD  # the pictures are in the cache; an image token here is one that the model generated
@@ -198,20 +197,23 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         token_mask_T = None
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask_T = attention_mask[:, -length:].flatten().bool()
-        if packed is None:
-            attention_mask = create_causal_mask(
-                self.config.text_config, x_BLD, attention_mask, cache, position_ids=position_ids
-            )
         hidden_BLD, statistics = self.language_model.model(
             x_BLD,
             position_ids,
-            attention_mask=attention_mask,
+            attention_mask=None if packed else self._causal_mask(x_BLD, attention_mask, position_ids, cache),
             packed=packed,
             token_mask_T=token_mask_T,
             past_key_values=cache,
         )
         num_tokens = torch.tensor(batch * length) if token_mask_T is None else token_mask_T.sum()
         return hidden_BLD, statistics, num_tokens.to(x_BLD.device)
+
+    def _causal_mask(
+        self, x_BLD: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+    ) -> Tensor | None:
+        """[B, 1, L, S], True where a query may look; None where plain causal attention does."""
+        mask = create_causal_mask(self.config.text_config, x_BLD, attention_mask, cache, position_ids=position_ids)
+        return cast(Tensor | None, mask)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

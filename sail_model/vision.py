@@ -50,9 +50,7 @@ class Patchifier(nn.Module):
 
     def __init__(self, config: SailViTConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size
-        )
+        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
