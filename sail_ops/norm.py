@@ -1,13 +1,106 @@
-"""RMSNorm."""
+"""RMSNorm, alone and fused with the residual addition before it."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _library  # noqa: F401  (registers the operators)
+from ._autograd import in_autocast, needs_grad, promote
 
 _rms_norm = torch.ops.sail_ops.rms_norm.default
+_add_rms_norm = torch.ops.sail_ops.add_rms_norm.default
+_rms_norm_backward = torch.ops.sail_ops.rms_norm_backward.default
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-6) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension; reduced in fp32, rounded once.
+
+    x: [..., D], fp32, bf16 or fp16, with contiguous rows: a view such as x[:, :D] costs no copy.
+    weight_D: [D], in x's dtype; under autocast it is cast to it. Returns a contiguous tensor like x.
+    Saved for backward: x and the weight. The weight's gradient is the same for any number of threads.
+    Raises ValueError for other shapes, dtypes or strides.
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
+    if in_autocast(x):
+        weight_D = weight_D.to(x.dtype)
+    if needs_grad(x, weight_D):
+        return _RmsNorm.apply(x, weight_D, eps)
     return _rms_norm(x, weight_D, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """s = x + residual, rounded to their dtype; returns (rms_norm(s, weight_D, eps), s).
+
+    x, residual: [..., D], of one dtype (under autocast the wider one is taken). weight_D as for `rms_norm`.
+    Saved for backward: s and the weight. The backward adds the gradient of s in the same pass.
+    Raises ValueError for other shapes, dtypes or strides.
+    """
+    if in_autocast(x):
+        x, residual = promote(x, residual)
+        weight_D = weight_D.to(x.dtype)
+    if needs_grad(x, residual, weight_D):
+        return _AddRmsNorm.apply(x, residual, weight_D, eps)
+    return _add_rms_norm(x, residual, weight_D, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight_D)
+        ctx.eps = eps
+        return _rms_norm(x, weight_D, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        dx, dweight = _rms_norm_backward(grad.contiguous(), None, x, weight_D, ctx.eps, need_x, need_weight)
+        return dx if need_x else None, dweight if need_weight else None, None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, total = _add_rms_norm(x, residual, weight_D, eps)
+        ctx.save_for_backward(total, weight_D)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight_D = ctx.saved_tensors
+        need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
+        if grad is None:  # only the sum was used
+            return (grad_total if need_x else None), (grad_total if need_residual else None), None, None
+        grad_total = None if grad_total is None else grad_total.contiguous()
+        need_sum = need_x or need_residual
+        dx, dweight = _rms_norm_backward(grad.contiguous(), grad_total, total, weight_D, ctx.eps, need_sum, need_weight)
+        return dx if need_x else None, dx if need_residual else None, dweight if need_weight else None, None
+
+
+@torch.library.register_fake("sail_ops::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("sail_ops::add_rms_norm")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("sail_ops::rms_norm_backward")
+def _(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_dx else 0), x.new_empty(weight.shape if need_dweight else 0)

@@ -1,0 +1,45 @@
+// The rows of a tensor [..., D]: the last dimension is contiguous, the others may have any strides.
+#pragma once
+#include "../torch/checks.h"
+
+namespace sail::cpu {
+inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+
+class Rows {
+ public:
+  Rows(const Check& c, const char* arg, const Tensor& t) {
+    c.that(t.dim() >= 1 && t.dim() <= kMaxDim, arg, "shape " + shape_text(t), "1 to 8 dimensions, [..., D]");
+    width_ = t.size(-1);
+    c.positive(arg, "D", width_);
+    count_ = t.numel() / width_;
+    c.that(width_ == 1 || t.stride(-1) == 1 || !count_, arg, "stride " + std::to_string(t.stride(-1)),
+           "contiguous rows (a last dimension of stride 1)");
+    const int64_t element = element_size(c.real(arg, t));
+    base_ = t.ptr<char>();
+    for (int64_t i = 0; i + 1 < t.dim(); i++) {
+      const int64_t size = t.size(i), step = t.stride(i) * element;
+      if (size == 1) continue;
+      if (dims_ && step_[dims_ - 1] == step * size) {  // one stride walks both dimensions
+        size_[dims_ - 1] *= size, step_[dims_ - 1] = step;
+      } else {
+        size_[dims_] = size, step_[dims_++] = step;
+      }
+    }
+  }
+
+  int64_t count() const { return count_; }
+  int64_t width() const { return width_; }
+  bool dense(int64_t element) const { return !dims_ || (dims_ == 1 && step_[0] == width_ * element); }
+  char* operator[](int64_t r) const {
+    int64_t offset = 0;
+    for (int i = dims_ - 1; i > 0; i--) offset += r % size_[i] * step_[i], r /= size_[i];
+    return base_ + (dims_ ? offset + r * step_[0] : 0);
+  }
+
+ private:
+  static constexpr int kMaxDim = 8;
+  char* base_;
+  int64_t count_, width_, size_[kMaxDim], step_[kMaxDim];  // steps in bytes, neighboring dimensions merged
+  int dims_ = 0;
+};
+}  // namespace sail::cpu
