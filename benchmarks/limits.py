@@ -34,7 +34,9 @@ def measure(size: str) -> Limits:
     source, target = torch.ones(numbers), torch.zeros(numbers)
     gb = source.nbytes / 1e9
     read = min(
-        best_of(source.sum, repeats), best_of(source.max, repeats), best_of(lambda: torch.dot(source, target), repeats) / 2
+        best_of(source.sum, repeats),
+        best_of(source.max, repeats),
+        best_of(lambda: torch.dot(source, target), repeats) / 2,
     )
     write = min(best_of(lambda: target.fill_(1.0), repeats), best_of(target.zero_, repeats))
     copy = best_of(lambda: target.copy_(source), repeats)

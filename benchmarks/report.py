@@ -1,7 +1,7 @@
 """Tables, verdict and chart from the results that a benchmark run leaves in results/<device>/<family>.json.
 
-    python -m benchmarks.report            writes the block between README.md's bench:moe markers, and the chart
-    python -m benchmarks.report --check    exits with 1 where README.md does not match the results
+python -m benchmarks.report            writes the block between README.md's bench:moe markers, and the chart
+python -m benchmarks.report --check    exits with 1 where README.md does not match the results
 """
 
 import argparse
