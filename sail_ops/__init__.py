@@ -1,6 +1,7 @@
 """Fused operators for mixture-of-experts models: the public list, nothing else."""
 
 from .activation import swiglu
+from .moe import fused_experts, grouped_experts, grouped_mm
 from .norm import add_rms_norm, rms_norm
 from .reference import Routing
 from .routing import load_balancing_loss, route_topk
@@ -8,6 +9,9 @@ from .routing import load_balancing_loss, route_topk
 __all__ = [
     "Routing",
     "add_rms_norm",
+    "fused_experts",
+    "grouped_experts",
+    "grouped_mm",
     "load_balancing_loss",
     "rms_norm",
     "route_topk",

@@ -100,12 +100,19 @@ class Tensor {
 
   // A new contiguous tensor on this one's device.
   template <size_t N> Tensor empty(const int64_t (&sizes)[N], int32_t dtype) const { return empty(sizes, N, dtype); }
+  template <size_t N>
+  Tensor empty_strided(const int64_t (&sizes)[N], const int64_t (&strides)[N], int32_t dtype) const {
+    return empty_strided(sizes, strides, N, dtype);
+  }
   Tensor empty_like() const { return empty(sz_, nd_, dt_); }
 
  private:
   Tensor empty(const int64_t* sizes, int64_t n, int32_t dtype) const {
     int64_t strides[8], step = 1;
     for (int64_t i = n - 1; i >= 0; i--) strides[i] = step, step *= sizes[i] > 1 ? sizes[i] : 1;
+    return empty_strided(sizes, strides, n, dtype);
+  }
+  Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t n, int32_t dtype) const {
     AtenTensorHandle out;
     ok(aoti_torch_empty_strided(n, sizes, strides, dtype, device_type(), device_index(), &out), "empty_strided");
     return Tensor(out);

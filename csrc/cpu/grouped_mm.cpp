@@ -1,0 +1,125 @@
+// Bare grouped GEMM on the CPU: y[r] = x[r] @ w[e] for the rows of expert e. A weight [E, k, n] may be contiguous along n
+// or, as the transposed view of an [E, n, k] parameter, along k; neither is copied.
+#include <tuple>
+
+#include "moe_layer.h"
+
+namespace sail::cpu {
+namespace {
+constexpr int64_t kColumns = 1024;  // of fp32 results kept in the second-level cache
+
+struct Problem {
+  DType dtype;
+  int64_t bytes, R, k, n, E;
+  std::vector<int32_t> offsets;  // [E + 1]
+  const Tensor &x, &w;
+  bool k_contiguous;  // w's last stride belongs to k
+  int64_t ldw;        // stride of the other of k and n
+
+  const char* x_row(int64_t r) const { return x.ptr<const char>() + r * x.stride(0) * bytes; }
+  const char* weight(int64_t e) const { return w.ptr<const char>() + e * w.stride(0) * bytes; }
+};
+
+Problem check_problem(const Check& c, const Tensor& x, const Tensor& w, const Tensor& offsets) {
+  c.rank("x", x, 2);
+  c.rank("w", w, 3);
+  const DType dt = c.real("x", x);
+  c.dtype("w", w, x.dtype());
+  c.same_device("w", w, x);
+  Problem p{dt, dt == DType::f32 ? 4 : 2, x.size(0), x.size(1), w.size(2), w.size(0), {0}, x, w, false, 0};
+  c.that(w.size(1) == p.k, "w", "shape " + shape_text(w), "[E, " + std::to_string(p.k) + ", n], x has k = " + std::to_string(p.k));
+  c.positive("x", "k", p.k);
+  c.positive("w", "n", p.n);
+  c.positive("w", "E", p.E);
+  c.that(x.stride(1) == 1 || p.k == 1, "x", "rows of stride " + std::to_string(x.stride(1)), "rows of stride 1");
+  const bool n_contiguous = (w.stride(2) == 1 || p.n == 1) && w.stride(1) >= p.n;
+  p.k_contiguous = !n_contiguous;
+  p.ldw = n_contiguous ? w.stride(1) : w.stride(2);
+  c.that(n_contiguous || ((w.stride(1) == 1 || p.k == 1) && w.stride(2) >= p.k), "w",
+         "strides " + std::to_string(w.stride(1)) + ", " + std::to_string(w.stride(2)), "stride 1 along k or along n");
+  p.offsets = check_offsets(c, offsets, x, p.E);
+  return p;
+}
+
+std::vector<Task> row_tasks(const Problem& p, int64_t columns, int64_t row_bytes) {
+  std::vector<Task> tasks;
+  for (int32_t e = 0; e < p.E; e++)
+    for_pieces(0, columns, kColumns, [&](int64_t n0, int64_t n1) {
+      for_pieces(p.offsets[e], p.offsets[e + 1], block_rows(row_bytes),
+                 [&](int64_t m0, int64_t m1) { tasks.push_back({0, e, m0, m1, n0, n1}); });
+    });
+  return tasks;
+}
+
+// out[r] = a[r] . B, B = w's expert read as [k, n] (`transposed` false) or as [n, k]; out has `columns` of them
+void multiply(const Problem& p, const char* a, int64_t a_row_bytes, int64_t depth, int64_t columns, bool transposed, char* out) {
+  const int dt = static_cast<int>(p.dtype);
+  const bool dot = p.k_contiguous != transposed;  // the weight is contiguous along the sum
+  run_tasks(row_tasks(p, columns, depth * p.bytes), num_threads(), kOuterRows * kColumns * 4 + kOuterScratch,
+            [&](const Task& t, char* scratch) {
+              const void* rows[kOuterRows];
+              const int64_t M = t.m1 - t.m0, n = t.n1 - t.n0;
+              for (int64_t m = 0; m < M; m++) rows[m] = a + (t.m0 + m) * a_row_bytes;
+              float* c = reinterpret_cast<float*>(scratch);
+              const char* b = p.weight(t.e) + t.n0 * (dot ? p.ldw : 1) * p.bytes;
+              const GemmBlock g{rows, b, p.ldw, M, n, depth, c, n, false, scratch + kOuterRows * kColumns * 4};
+              dot ? gemm_kernels().dot_gemm[dt](g) : gemm_kernels().outer_gemm[dt](g);
+              expert_kernels().store_rows[dt](
+                  {c, n, M, n, nullptr, nullptr, out + (t.m0 * columns + t.n0) * p.bytes, columns});
+            });
+  std::fill(out + p.offsets[p.E] * columns * p.bytes, out + p.R * columns * p.bytes, 0);  // tail rows
+}
+
+// dw[e] = x^T . dy over the expert's rows, laid out as w is
+void weight_gradient(const Problem& p, const char* dy, char* dw) {
+  const int64_t rows = p.k_contiguous ? p.n : p.k, columns = p.k_contiguous ? p.k : p.n;
+  std::vector<Task> tasks;
+  int64_t scratch_bytes = kWgradScratch;
+  for (int32_t e = 0; e < p.E; e++) {
+    const int64_t R = p.offsets[e + 1] - p.offsets[e], most = wgrad_rows(R);
+    scratch_bytes = std::max(scratch_bytes, wgrad_scratch(R, most));
+    for_pieces(0, rows, most, [&](int64_t m0, int64_t m1) { tasks.push_back({0, e, m0, m1, 0, columns}); });
+  }
+  run_tasks(tasks, num_threads(), scratch_bytes, [&](const Task& t, char* scratch) {
+    std::vector<const void*> x_rows, dy_rows;
+    for (int64_t r = p.offsets[t.e]; r < p.offsets[t.e + 1]; r++) {
+      x_rows.push_back(p.x_row(r));
+      dy_rows.push_back(dy + r * p.n * p.bytes);
+    }
+    const auto& a = p.k_contiguous ? dy_rows : x_rows;
+    const auto& b = p.k_contiguous ? x_rows : dy_rows;
+    char* out = dw + (t.e * rows + t.m0) * columns * p.bytes;
+    wgrad_block(p.dtype, false, a, b, t.m0, t.m1 - t.m0, columns, out, Output::overwrite, scratch);
+  });
+}
+
+Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets) {
+  const Problem p = check_problem(Check("grouped_mm"), x, w, offsets);
+  Tensor y = x.empty({p.R, p.n}, x.dtype());
+  multiply(p, x.ptr<const char>(), x.stride(0) * p.bytes, p.k, p.n, false, y.ptr<char>());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> grouped_mm_backward(const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& offsets,
+                                               bool need_x, bool need_w) {
+  const Check c("grouped_mm_backward");
+  const Problem p = check_problem(c, x, w, offsets);
+  c.dtype("dy", dy, x.dtype());
+  c.shape("dy", dy, {p.R, p.n});
+  c.contiguous("dy", dy);
+  Tensor dx = need_x ? x.empty({p.R, p.k}, x.dtype()) : x.empty({0}, x.dtype());
+  if (need_x) multiply(p, dy.ptr<const char>(), p.n * p.bytes, p.n, p.k, true, dx.ptr<char>());
+  // laid out as w is: the gradient of an [E, n, k] parameter is contiguous
+  const int64_t sizes[] = {p.E, p.k, p.n}, strides[] = {p.k * p.n, p.k_contiguous ? 1 : p.n, p.k_contiguous ? p.k : 1};
+  Tensor dw = need_w ? x.empty_strided(sizes, strides, x.dtype()) : x.empty({0}, x.dtype());
+  if (need_w) {
+    advise_huge_pages(dw.data(), dw.numel() * p.bytes);
+    weight_gradient(p, dy.ptr<const char>(), dw.ptr<char>());
+  }
+  return {std::move(dx), std::move(dw)};
+}
+
+const auto library =
+    Library::impl("sail_ops", "CPU").kernel<grouped_mm>("grouped_mm").kernel<grouped_mm_backward>("grouped_mm_backward");
+}  // namespace
+}  // namespace sail::cpu

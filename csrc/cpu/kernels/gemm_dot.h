@@ -1,0 +1,77 @@
+// C[M, N] = A[M, K] . B[N, K]^T in dot-product form: every lane of an accumulator sums its own k's, and one tree adds the
+// lanes at the end. B is streamed once, in rows, straight from memory: no packing, which pays from one row to a few hundred.
+// Measured on Zen 4, bf16, one core, K = 2048: 4x4 tiles reach 199 GFLOP/s at M = 64 and 188 at M = 8; 4x6 195, 8x3 140.
+#pragma once
+#include "operand.h"
+
+namespace sail::cpu::SAIL_ISA {
+constexpr int kDotRows = W == 16 ? 4 : W == 8 ? 3 : 2;  // accumulators: kDotRows x 4 of the 32 or 16 registers
+constexpr int kDotCols = 4;
+
+// c[0..3] = lane sums of four accumulators
+static inline void sum4(const vf* a, float* c) {
+#if defined(__AVX512F__)
+  const __m512 s01 = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+  const __m512 s23 = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+  const __m512d d01 = _mm512_castps_pd(s01), d23 = _mm512_castps_pd(s23);
+  const __m512 s = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23)));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  _mm_storeu_ps(c, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#elif defined(__AVX2__)
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  _mm_storeu_ps(c, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+#else
+  for (int j = 0; j < 4; j++) c[j] = sum(a[j]);
+#endif
+}
+
+template <class T, int MR, int NR>
+static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t K, float* c, int64_t ldc) {
+  typedef Operand<T> Op;
+  vf acc[MR][NR] = {};
+  int64_t k = 0;
+  for (; k + Op::LOAD <= K; k += Op::LOAD) {
+    typename Op::Vec x[MR];
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; i++) x[i] = Op::load_k(a[i] + k);
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; j++) {
+      const typename Op::Vec w = Op::load_k(b + j * ldb + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; i++) acc[i][j] = Op::mac(acc[i][j], x[i], w);
+    }
+  }
+  if (k < K) {
+    const int n = static_cast<int>(K - k);
+    for (int j = 0; j < NR; j++)
+      for (int i = 0; i < MR; i++)
+        acc[i][j] = Op::mac(acc[i][j], Op::load_k(a[i] + k, n), Op::load_k(b + j * ldb + k, n));
+  }
+  for (int i = 0; i < MR; i++) {
+    if constexpr (NR == 4) {
+      sum4(acc[i], c + i * ldc);
+    } else {
+      for (int j = 0; j < NR; j++) c[i * ldc + j] = sum(acc[i][j]);
+    }
+  }
+}
+
+template <class T, int NR>
+static void dot_columns(const T* const* a, int64_t M, const T* b, int64_t ldb, int64_t K, float* c, int64_t ldc) {
+  int64_t m = 0;
+  for (; m + kDotRows <= M; m += kDotRows) dot_tile<T, kDotRows, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
+  if (M - m == 3) dot_tile<T, 3, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
+  if (M - m == 2) dot_tile<T, 2, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
+  if (M - m == 1) dot_tile<T, 1, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
+}
+
+template <class T> void dot_gemm_kernel(const GemmBlock& g) {
+  const T* const* a = reinterpret_cast<const T* const*>(g.a_rows);
+  const T* b = static_cast<const T*>(g.b);
+  int64_t n = 0;
+  for (; n + kDotCols <= g.N; n += kDotCols)
+    dot_columns<T, kDotCols>(a, g.M, b + n * g.ldb, g.ldb, g.K, g.c + n, g.ldc);
+  for (; n < g.N; n++) dot_columns<T, 1>(a, g.M, b + n * g.ldb, g.ldb, g.K, g.c + n, g.ldc);
+}
+}  // namespace sail::cpu::SAIL_ISA

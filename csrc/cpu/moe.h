@@ -1,0 +1,35 @@
+// The expert layer's passes; moe.cpp checks arguments and calls them.
+#pragma once
+#include "moe_layer.h"
+
+namespace sail::cpu {
+// `sorted`: x and y are already in expert order (grouped_experts); h [R, 2F] or null.
+void experts_forward(const Layer& l, const Rows& rows, bool sorted, char* h, char* y);
+
+// One task's pre-activation and activation; h and a point at its first row (a also at its first column), either may be
+// null. scratch: 2 * rows * columns floats.
+void up_block(const Layer& l, const Rows& rows, const Task& t, float* scratch, char* h, char* a);
+
+// out[t] = sum over the token's rows of per_row[r] (times its weight)
+void combine_tokens(const Layer& l, const Rows& rows, const char* per_row, bool weighted, char* out);
+
+// [T * K]: the row of a (token, slot), -1 where it is dropped
+std::vector<int32_t> inverse(const Layer& l, const Rows& rows);
+
+// Where a weight's gradient goes; null: not wanted.
+struct WeightGrad {
+  Output mode = Output::overwrite;
+  bool fp32 = false;  // otherwise the operands' dtype
+};
+struct Gradients {
+  char* x = nullptr;  // [T, D]
+  GateUp gate_up;
+  WeightGrad gate_up_as;
+  char* down = nullptr;
+  WeightGrad down_as;
+  float* weight = nullptr;  // [R], in row order
+  char *gate_up_bias = nullptr, *down_bias = nullptr;
+};
+// h null: the pre-activation is computed again.
+void experts_backward(const Layer& l, const Rows& rows, bool sorted, const char* dy, const char* h, const Gradients& g);
+}  // namespace sail::cpu

@@ -1,0 +1,122 @@
+// What forward and backward of the expert layer share: the problem as data, its rows sorted by expert, and its tasks.
+// T tokens, D hidden, F expert width, E experts, K top-k, R routed rows (dropped ones left out).
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../torch/checks.h"
+#include "kernels/elements.h"
+#include "kernels/experts.h"
+#include "kernels/gemm.h"
+#include "workspace.h"
+
+namespace sail::cpu {
+
+// gate and up halves of [E, 2F, D], or of a pair of [E, F, D]; also of their gradients.
+struct GateUp {
+  char *gate = nullptr, *up = nullptr;
+  int64_t expert_bytes = 0;  // from one expert to the next
+  char* half(int which, int64_t e) const { return (which ? up : gate) + e * expert_bytes; }
+};
+
+// Rows in expert order: expert e owns rows offsets[e] .. offsets[e + 1].
+struct Rows {
+  std::vector<int32_t> offsets;  // [E + 1]
+  std::vector<int32_t> flat;     // [R]: index t * K + k of the row's (token, slot); for sorted rows the row itself
+  std::vector<float> weight;     // [R]
+  int64_t K = 1;                 // token of a row: flat / K
+  int64_t count() const { return offsets.back(); }
+};
+
+struct Layer {
+  DType dtype;
+  int64_t bytes;  // of an element
+  int64_t T, D, F, E;
+  const char* x;
+  int64_t x_row_bytes;
+  GateUp gate_up;
+  char* down;
+  const char *gate_up_bias, *down_bias;  // [E, 2F], [E, D] or null
+  Activation activation;
+  float clamp;
+  int threads;
+
+  const char* x_row(const Rows& rows, int64_t r) const { return x + rows.flat[r] / rows.K * x_row_bytes; }
+  const char* bias(int which, int64_t e) const {
+    return gate_up_bias ? gate_up_bias + (e * 2 + which) * F * bytes : nullptr;
+  }
+};
+
+// One expert's rows m0 .. m1 against columns n0 .. n1; `kind` is the caller's.
+struct Task {
+  int kind;
+  int32_t e;
+  int64_t m0, m1, n0, n1;
+};
+
+// Calls f(begin, end) for the fewest equal pieces of at most `most`.
+template <class F> void for_pieces(int64_t begin, int64_t end, int64_t most, F&& f) {
+  const int64_t n = end - begin, pieces = (n + most - 1) / most;
+  for (int64_t i = 0; i < pieces; i++) f(begin + n * i / pieces, begin + n * (i + 1) / pieces);
+}
+
+// Rows of a block whose operand of `row_bytes` a row stays in half the second-level cache (1 MB on Zen 4).
+inline int64_t block_rows(int64_t row_bytes) {
+  return std::clamp<int64_t>((512 << 10) / row_bytes, 16, kOuterRows);
+}
+
+// ---- weight gradients, shared with grouped_mm
+constexpr int64_t kWgradScratch = 1536 << 10;  // packed operands of one task
+
+// Outputs a task: few enough that its packed columns stay below 1 MB, however many rows the expert has.
+inline int64_t wgrad_rows(int64_t R) { return std::clamp<int64_t>((1 << 20) / (4 * (R + 1)) - 64, 12, 384); }
+
+// out[m] (+)= sum_r a_rows[r][m0 + m] * b_rows[r][:], m < M; an expert without rows has an exact zero gradient.
+inline void wgrad_block(DType dtype, bool fp32, const std::vector<const void*>& a_rows, const std::vector<const void*>& b_rows,
+                        int64_t m0, int64_t M, int64_t N, char* out, Output mode, void* scratch) {
+  const int64_t R = static_cast<int64_t>(a_rows.size());
+  if (R == 0) {
+    if (mode == Output::overwrite) std::fill(out, out + M * N * (fp32 || dtype == DType::f32 ? 4 : 2), 0);
+    return;
+  }
+  const auto& table = fp32 ? gemm_kernels().wgrad_gemm_f32 : gemm_kernels().wgrad_gemm;
+  table[static_cast<int>(dtype)]({a_rows.data(), b_rows.data(), R, m0, M, N, out, N, mode, scratch,
+                                  std::max(kWgradScratch, wgrad_scratch(R, M))});
+}
+
+// int32 cumulative ends [E] as offsets [E + 1]
+inline std::vector<int32_t> check_offsets(const Check& c, const Tensor& offsets, const Tensor& x, int64_t E) {
+  c.dtype("offsets", offsets, aoti_torch_dtype_int32());
+  c.shape("offsets", offsets, {E});
+  c.same_device("offsets", offsets, x);
+  c.that(x.size(0) <= INT32_MAX, "x", std::to_string(x.size(0)) + " rows", "at most 2147483647, what an int32 indexes");
+  std::vector<int32_t> all(1, 0);
+  for (int64_t e = 0; e < E; e++) {
+    const int32_t end = offsets.ptr<const int32_t>()[e * offsets.stride(0)];
+    c.that(end >= all.back() && end <= x.size(0), "offsets",
+           std::to_string(end) + " at " + std::to_string(e) + " after " + std::to_string(all.back()),
+           "ends that never fall and stay within " + std::to_string(x.size(0)) + " rows");
+    all.push_back(end);
+  }
+  return all;
+}
+
+// Runs body(task, scratch of this thread) over all tasks; each output belongs to one task, so the result does not depend
+// on which thread takes it.
+template <class Body> void run_tasks(const std::vector<Task>& tasks, int threads, int64_t scratch_bytes, Body&& body) {
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  if (!threads) return;
+  const int64_t each = (scratch_bytes + 4095) / 4096 * 4096 + 64;  // threads must not share cache sets exactly
+  Buffer scratch(each * threads);
+#pragma omp parallel num_threads(threads)
+  {
+    char* mine = scratch.get() + each * omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++) body(tasks[i], mine);
+  }
+}
+}  // namespace sail::cpu
