@@ -57,7 +57,7 @@ def test_memory(benchmark: BenchmarkFixture, dtype: str, memory_worker: Worker) 
     layer = memory_worker.layer(case)
     names = ("sail", "sail_recompute", "grouped_mm", "eager_unbind")
     benchmark.extra_info.update(
-        family="moe", kind="memory", case=case.id, memory={name: layer.memory(name) for name in names}
+        family="moe", kind="memory", case=vars(case), memory={name: layer.memory(name) for name in names}
     )
     benchmark.pedantic(layer.run, ("sail",), setup=lambda: layer.prepare("sail"))
 

@@ -1,18 +1,25 @@
-"""Collects bench_*.py, measures the limits once a run, and ends with the report; a complete run is kept in results/."""
+"""Limits measured once a run, a report at its end; a complete run at full size is kept in results/<device>/."""
 
+import importlib.metadata
+import json
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import limits as machine_limits, report
+from benchmarks import limits as machine_limits
+from benchmarks import report
 from benchmarks.cases import size_name
 from benchmarks.limits import Limits
 from benchmarks.worker import EXACT_MEMORY, HUGE_PAGES, Worker
+from sail_ops import _library
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("python_files", "bench_*.py")
+LIMITS = pytest.StashKey[Limits]()
+PARTIAL = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,8 +30,9 @@ def threads() -> None:
 
 
 @pytest.fixture(scope="session")
-def limits() -> Limits:
-    return machine_limits.measure(size_name())
+def limits(pytestconfig: pytest.Config) -> Limits:
+    pytestconfig.stash[LIMITS] = machine_limits.measure(size_name())
+    return pytestconfig.stash[LIMITS]
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +49,67 @@ def memory_worker() -> Iterator[Worker]:
     worker.close()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[PARTIAL] = size_name() != "full" or any("::" in argument for argument in config.args)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    before = len(items)
+    yield
+    config.stash[PARTIAL] |= len(items) < before  # by -k, -m, --lf
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = [row.as_dict(include_data=False) for row in config._benchmarksession.benchmarks if not row.has_error]
-    terminalreporter.write_line("")
-    terminalreporter.write_line(report.summary(rows))
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    results = collect(config)
+    if not results["benchmarks"]:
+        return
+    terminalreporter.write_line(f"\n{report.summary(results)}")
+    if exitstatus == 0 and not config.stash[PARTIAL]:
+        for path in keep(results):
+            terminalreporter.write_line(f"wrote {path.relative_to(report.ROOT)}")
+
+
+def collect(config: pytest.Config) -> dict[str, Any]:
+    """pytest-benchmark's own JSON, as --benchmark-json has it."""
+    session: Any = config._benchmarksession  # type: ignore[attr-defined]
+    return config.hook.pytest_benchmark_generate_json(
+        config=config,
+        benchmarks=session.benchmarks,
+        include_data=True,
+        machine_info=session.get_machine_info(),
+        commit_info=config.hook.pytest_benchmark_generate_commit_info(config=config),
+    )
+
+
+def keep(results: dict[str, Any]) -> list[Path]:
+    """results/<device>/<family>.json for every family that ran, and the chart."""
+    folder = report.RESULTS / results["machine_info"]["device"]
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for family in sorted({row["extra_info"]["family"] for row in results["benchmarks"]}):
+        rows = [row for row in results["benchmarks"] if row["extra_info"]["family"] == family]
+        path = folder / f"{family}.json"
+        path.write_text(json.dumps({**results, "benchmarks": rows}, indent=1) + "\n")
+        written.append(path)
+        if family == "moe":
+            written.append(report.chart({**results, "benchmarks": rows}, path.with_suffix(".png")))
+    return written
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What a reader needs to repeat the run; not the host's name."""
+    del machine_info["node"]
+    cpu, isa, threads = machine_info["cpu"], _library.cpu_isa(), torch.get_num_threads()
+    cpu["flags"] = [flag for flag in cpu.get("flags", []) if flag.startswith(("avx", "amx", "fma"))]
+    brand = re.sub(r"\W+", "-", cpu.get("brand_raw", machine_info["machine"]).lower())
+    machine_info |= {
+        "device": f"cpu-{brand}-{isa}-{threads}t",
+        "isa": isa,
+        "threads": threads,
+        "load_average": os.getloadavg()[0],
+        "transparent_hugepage": Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "sail-ops")},
+        "limits": config.stash[LIMITS].as_dict() if LIMITS in config.stash else None,
+    }

@@ -12,20 +12,16 @@ import sail_ops
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], ids [T, K], weights [T, K] -> y [T, D]
 
-LABELS = {
-    "sail": "sail_ops.fused_experts",
-    "sail_recompute": "sail_ops.fused_experts(recompute=True)",
-    "sail_fp32_grads": "sail_ops.fused_experts, main_grads in fp32",
-    "grouped_mm": 'transformers, experts_implementation="grouped_mm" (its default)',
-    "eager_unbind": "the eager loop of transformers on W.unbind(0), rows sorted once (our rewrite)",
-    "stock_eager": 'transformers, experts_implementation="eager"',
-}
+# sail, sail_recompute, sail_fp32_grads  fused_experts: as it comes, with recompute, with main_grads in fp32
+# grouped_mm                             transformers' default implementation
+# stock_eager                            transformers' eager loop
+# eager_unbind                           the same loop on W.unbind(0)
 
 
 def build(
     name: str, gate_up_E2FD: Tensor, down_EDF: Tensor, main_grads: tuple[Tensor, Tensor] | None = None
 ) -> Experts:
-    """The expert layer `name` over the two given weights; `main_grads` is for ours, the others accumulate in `.grad`."""
+    """The expert layer `name` over two weights; `main_grads` is for ours, the others accumulate in `.grad`."""
     if name == "eager_unbind":
         return lambda x, ids, weights: eager_unbind(x, gate_up_E2FD, down_EDF, ids, weights)
     if name in ("grouped_mm", "stock_eager"):

@@ -68,7 +68,7 @@ class RemoteLayer:
         """`Layer.run`."""
         self._worker.call("run", name)
 
-    def memory(self, name: str) -> dict[str, int]:
+    def memory(self, name: str) -> dict[str, int | None]:
         """`memory.training_step` of the layer."""
         return self._worker.call("memory", name)
 

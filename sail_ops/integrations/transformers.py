@@ -30,7 +30,7 @@ _GATES: WeakKeyDictionary[nn.Module, tuple[str, float | None]] = WeakKeyDictiona
 
 
 def register(name: str = "sail") -> None:
-    """Make `experts_implementation=name` known to transformers; again is harmless. ImportError without transformers 5."""
+    """Make `experts_implementation=name` known to transformers; again is harmless. ImportError without it."""
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
@@ -43,7 +43,7 @@ def register(name: str = "sail") -> None:
 def sail_experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """y [T, D] = `fused_experts` of the module's weights. Ids outside [0, E) are dropped, as expert parallelism needs."""
+    """y [T, D] = `fused_experts` of the module's weights. Ids outside [0, E) are dropped: expert parallelism."""
     activation, clamp = _supported_gate(module)
     experts: Any = module  # gate_up_proj and its kin are attributes that nn.Module does not declare
     if top_k_weights.dtype != hidden_states.dtype:
@@ -63,7 +63,7 @@ def sail_experts_forward(
 
 @torch.compiler.assume_constant_result
 def _supported_gate(module: nn.Module) -> tuple[str, float | None]:
-    """(activation, clamp) of `fused_experts` that this module's gate is; ValueError if its layout or gate is unknown."""
+    """(activation, clamp) of `fused_experts` that this module's gate is; ValueError if we lack its layout or gate."""
     if module not in _GATES:
         for flag, (wanted, reason) in _LAYOUT.items():
             given = getattr(module, flag, wanted)
