@@ -1,4 +1,4 @@
-"""What was built: libraries for any torch >= 2.11, any Python and any machine that has one of their instruction sets."""
+"""What was built: libraries for any torch >= 2.11, any Python, any machine that has one of their instruction sets."""
 
 import os
 import re
