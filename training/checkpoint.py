@@ -1,0 +1,144 @@
+"""Checkpoints that are either whole or not there: written aside, flushed to disk, renamed; `latest` moves last.
+
+A crash at any moment leaves the previous checkpoint and its `latest` pointer as they were.
+Layout: <root>/step-00000100/{trainer.json, engine/, rng-0.pt, ...} and <root>/latest holding "step-00000100".
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from training.errors import InputError
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+TRAINER = "trainer.json"
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint taken after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint under `root`, or None.
+
+    Raises InputError where `latest` names a checkpoint that is not there.
+    """
+    pointer = root / LATEST
+    if not pointer.is_file():
+        return None
+    checkpoint = root / pointer.read_text(encoding="utf-8").strip()
+    if not (checkpoint / TRAINER).is_file():
+        raise InputError(f"{pointer}: names {checkpoint.name}, which is no complete checkpoint")
+    return checkpoint
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that `path` means: a checkpoint, a folder of checkpoints, or the folder of a run.
+
+    Raises InputError saying what was looked for.
+    """
+    if (path / TRAINER).is_file():
+        return path
+    for root in (path, path / FOLDER):
+        if (found := latest(root)) is not None:
+            return found
+    raise InputError(f"--resume: {path}: no {TRAINER} and no {LATEST} in it or in its {FOLDER}/ folder")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state as `publish` wrote it."""
+    state: dict[str, Any] = json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
+    return state
+
+
+def check_world(checkpoint: Path, state: dict[str, Any], world: int) -> None:
+    """Raises InputError where the checkpoint was written by another number of processes than `world`."""
+    if state["world"] != world:
+        raise InputError(f"--resume: {checkpoint}: written by {state['world']} processes, this run has {world}")
+
+
+def publish(
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    write: Callable[[Path], None],
+    *,
+    is_first: bool,
+    barrier: Callable[[], None],
+    keep: int = 2,
+) -> Path:
+    """Write one checkpoint from all ranks and make it `latest`; older ones than the last `keep` are removed.
+
+    `write(folder)` is called on every rank and writes that rank's files; the rank with `is_first` does the rest
+    between barriers. A checkpoint is never overwritten: a second one of the same step gets the suffix ".2".
+    """
+    folder = root / f".writing-{step_name(step)}"
+    final = _unused(root, step_name(step))
+    barrier()
+    if is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    barrier()
+    write(folder)
+    barrier()
+    if is_first:
+        (folder / TRAINER).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        replace_folder(folder, final)
+        _point(root, final.name)
+        _remove_old(root, keep)
+    barrier()
+    return final
+
+
+def replace_folder(written: Path, final: Path) -> None:
+    """Flush `written` to disk and give it the name `final`; a folder of that name is moved aside first."""
+    for path in sorted(written.rglob("*")):
+        flush(path)
+    flush(written)
+    aside = final.with_name(f".old-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    written.rename(final)
+    flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _unused(root: Path, name: str) -> Path:
+    number, path = 1, root / name
+    while path.exists():
+        number += 1
+        path = root / f"{name}.{number}"
+    return path
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(root: Path, name: str) -> None:
+    aside = root / f".{LATEST}"
+    aside.write_text(name + "\n", encoding="utf-8")
+    flush(aside)
+    aside.replace(root / LATEST)
+    flush(root)
+
+
+def _remove_old(root: Path, keep: int) -> None:
+    steps = sorted(path for path in root.glob("step-*") if path.is_dir())
+    newest = latest(root)
+    for path in steps[:-keep] if keep else []:
+        if path != newest:
+            shutil.rmtree(path)
+    for leftover in [*root.glob(".writing-*"), *root.glob(".old-*")]:
+        shutil.rmtree(leftover)

@@ -1,0 +1,85 @@
+"""What training minimizes: cross-entropy of the answers, plus a load-balancing loss per expert layer.
+
+B streams, L tokens a stream, N labeled positions, V vocabulary, M expert layers, E experts. Both terms are
+normalized over all ranks before the gradients are averaged, so the number of processes does not change the loss.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sail_ops
+from sail_model.model import SailVL2ForConditionalGeneration
+from training.packing import IGNORE, PackedBatch
+
+
+class Objective(NamedTuple):
+    """One micro-batch: summed answer loss (fp32), and `sail_ops.route_topk`'s statistics of each expert layer."""
+
+    answer_loss_sum: Tensor
+    counts_ME: Tensor
+    prob_sum_ME: Tensor
+
+
+class TrainedModel(nn.Module):
+    """The model and its objective as one module, for an engine to wrap: a packed batch in, an `Objective` out."""
+
+    def __init__(self, model: SailVL2ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch, pixel_values: Tensor) -> Objective:
+        """sum over labels of -log softmax(logits of the position before)[label]; padding is in no statistic."""
+        logits_NV, targets_N, counts_ME, prob_sum_ME = answer_logits(self.model, batch, pixel_values)
+        return Objective(F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), counts_ME, prob_sum_ME)
+
+
+def answer_logits(
+    model: SailVL2ForConditionalGeneration, batch: PackedBatch, pixel_values: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits [N, V] and targets [N] of the labeled positions in order, counts [M, E], probability sums [M, E]).
+
+    The head runs only where there is a label: a tenth of the positions, and of the memory for logits.
+    """
+    x_BLD = _embed(model, batch.input_ids_BL, model.get_image_features(pixel_values))
+    hidden_BLD, statistics = model.language_model.model(
+        x_BLD,
+        batch.position_ids_BL,
+        attention_mask=batch.attention_mask(),
+        token_mask_T=batch.token_mask().flatten(),
+    )
+    targets = batch.labels_BL[:, 1:]
+    labeled = targets != IGNORE
+    logits_NV = model.language_model.lm_head(hidden_BLD[:, :-1][labeled])
+    counts, sums = zip(*statistics, strict=True) if statistics else ((), ())
+    stack = torch.stack if statistics else lambda _: torch.zeros(0, 0)
+    return logits_NV, targets[labeled], stack(counts), stack(sums)
+
+
+def _embed(model: SailVL2ForConditionalGeneration, ids_BL: Tensor, features_NPD: Tensor) -> Tensor:
+    x_BLD = model.get_input_embeddings()(ids_BL)
+    places = (ids_BL == model.config.image_token_id).flatten().nonzero().squeeze(1)
+    # raises where image tokens and image features differ in number
+    return x_BLD.flatten(0, 1).index_copy(0, places, features_NPD.flatten(0, 1).to(x_BLD.dtype)).view_as(x_BLD)
+
+
+def label_count(batch: PackedBatch) -> int:
+    """Positions that the answer loss adds up."""
+    return int((batch.labels_BL[:, 1:] != IGNORE).sum())
+
+
+def balance_losses(counts_ME: Tensor, prob_sum_ME: Tensor, num_tokens: int, group: dist.ProcessGroup | None) -> Tensor:
+    """E * sum_e f_e P_e of each expert layer, over the tokens of all ranks of `group`; fp32 [M].
+
+    A balanced layer scores K (experts a token), one that always picks the same K experts up to E. The layers stay
+    apart: pooled, layers that each collapsed onto other experts would look balanced.
+    Source: SAIL-VL2 report, section 2.2 ("average activation across ranks").
+    """
+    layers = [
+        sail_ops.load_balancing_loss(counts_E, sum_E, num_tokens, group=group)
+        for counts_E, sum_E in zip(counts_ME, prob_sum_ME, strict=True)
+    ]
+    return torch.stack(layers) if layers else torch.zeros(0)

@@ -1,0 +1,86 @@
+"""What a run reports: expert-activation entropy, throughput, an MFU-like figure, one JSON line a step."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def activation_entropy(counts_E: Tensor) -> float:
+    """-sum f_e ln f_e / ln E with f = counts / sum: 1 when every expert gets the same share, 0 when one gets all."""
+    share = counts_E.double() / counts_E.sum().clamp(min=1)
+    return float(-torch.xlogy(share, share).sum() / math.log(max(2, counts_E.numel())))
+
+
+def dense_matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 0.5) -> float:
+    """FLOP/s of `torch.mm` on square matrices, measured now, on the threads that training uses."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    done, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        torch.mm(a, b)
+        done += 1
+    return done * 2.0 * size**3 / elapsed
+
+
+class FlopCount:
+    """FLOPs of one training step: 3 x (2 x weights used x tokens + attention), the count behind "MFU".
+
+    Counted: every matrix a token goes through, the K of E experts it is sent to, attention over the pairs that the
+    mask allows. Not counted: norms, softmax, activations, recomputation. Forward costs 1, backward 2.
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        text, vision = config.text_config, config.vision_config
+        routed = text.num_experts_per_tok / text.num_experts if text.model_type == "qwen3_moe" else 1.0
+        weights = {"vision_model": 0.0, "mlp1": 0.0, "language_model": 0.0}
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.endswith(("pos_embed", "embed_tokens.weight", "lm_head.weight")):
+                weights[name.split(".")[0]] += parameter.numel() * (routed if ".experts." in name else 1.0)
+        self.weights = weights
+        self.head_weights = text.vocab_size * text.hidden_size
+        self.patches, self.image_tokens = vision.grid_size**2, config.tokens_per_tile
+        self.vision_pair = 4 * vision.num_hidden_layers * vision.hidden_size
+        self.text_pair = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+
+    def step(self, tokens: int, labels: int, pairs: int, pictures: int) -> float:
+        """FLOPs of `tokens` tokens, `labels` of them predicted, `pairs` allowed (query, key), `pictures` tiles."""
+        text = 2 * (tokens * self.weights["language_model"] + labels * self.head_weights) + pairs * self.text_pair
+        tile = 2 * (self.patches * self.weights["vision_model"] + self.image_tokens * self.weights["mlp1"])
+        return 3.0 * (text + pictures * (tile + self.patches**2 * self.vision_pair))
+
+
+class MetricsLog:
+    """Appends one JSON object a step to a file; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, *, keep_steps: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_lines(path) if line["step"] <= keep_steps] if path.exists() else []
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        aside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line, flushed at once: a run that dies leaves its curve."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The steps that `MetricsLog` wrote; a last line that a crash cut short is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,78 @@
+"""Train by a recipe: put the parts together, run or resume the trainer, write the model."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sail_model import SailVL2ForConditionalGeneration
+from training.assemble import Parts, assemble
+from training.checkpoint import replace_folder
+from training.data import StreamFeed
+from training.device import is_first, start_processes
+from training.engines.deepspeed import DeepSpeedEngine
+from training.loss import TrainedModel
+from training.metrics import FlopCount
+from training.recipes import Recipe
+from training.trainer import Trainer
+
+MODEL = "model"
+
+
+@dataclass
+class Trained:
+    """A finished run: its parts, and where its last checkpoint lies."""
+
+    parts: Parts
+    checkpoint: Path
+
+    @property
+    def model(self) -> SailVL2ForConditionalGeneration:
+        """The trained model, in the recipe's dtype."""
+        return self.parts.model
+
+
+def train(recipe: Recipe, out: Path, start: Path | None = None) -> Trained:
+    """Run `recipe` in the folder `out`, from checkpoint `start` if given; the model is written to out/model.
+
+    Raises `training.interrupt.Interrupted`, after writing a checkpoint, on Ctrl-C or SIGTERM.
+    """
+    start_processes()
+    parts = assemble(recipe)
+    flops = FlopCount(parts.model, parts.model.config)
+    engine = DeepSpeedEngine(TrainedModel(parts.model), recipe)
+    feed = StreamFeed(parts.samples, recipe.stream_length, recipe.seed)
+    trainer = Trainer(recipe, out, engine, feed, parts.reader, flops, parts.pad_id)
+    if start is not None:
+        trainer.load(start)
+    checkpoint = trainer.fit()
+    report_corrupt(parts)
+    if is_first():
+        export(parts, out / MODEL)
+    dist.barrier()
+    return Trained(parts, checkpoint)
+
+
+def export(parts: Parts, folder: Path) -> None:
+    """Model and processor in Hugging Face's layout; a folder of that name is replaced once all is written."""
+    writing = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    parts.model.save_pretrained(writing)
+    parts.processor.save_pretrained(writing)
+    replace_folder(writing, folder)
+
+
+def report_corrupt(parts: Parts) -> None:
+    """Say which pictures no rank could read."""
+    found: list[dict[Path, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, parts.reader.corrupt)
+    corrupt = {path: reason for part in found for path, reason in part.items()}
+    if corrupt and is_first():
+        print(f"skipped {_plural(len(corrupt), 'corrupt picture')}:")
+        for path, reason in sorted(corrupt.items()):
+            print(f"  {path}: {reason}")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
