@@ -195,7 +195,7 @@ def rotary_tables(positions_BL: Tensor, config: PreTrainedConfig) -> Rotation:
 
 
 def rotate(x_BLHA: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+A/2}) by the angle of their position; in fp32, rounded once."""
+    """Rotate the pairs (x_i, x_{i+A/2}) by the angle of their position; in the precision of `rotation`, rounded once."""
     cos, sin = rotation
-    low, high = x_BLHA.float().chunk(2, -1)
+    low, high = x_BLHA.chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BLHA.dtype)
