@@ -13,7 +13,7 @@ from benchmarks.layer import Layer
 from benchmarks.limits import Limits
 from benchmarks.worker import RemoteLayer, Worker
 
-BUDGET = {"full": 6.0, "tiny": 0.05}  # seconds a row
+BUDGET = {"full": 5.0, "tiny": 0.02}  # seconds a row, after warm-up; three rounds where they take longer
 ARTEFACT = MoeCase("bf16", "uniform", 256, "train", "fresh", size_name())
 
 
@@ -22,7 +22,7 @@ def peers_of(case: MoeCase) -> list[str]:
     peers = ["grouped_mm", "eager_unbind"]
     if case.mode == "forward":
         return [*peers, "stock_eager"]
-    if case.gradients == "in_place" and case.routing == "uniform":
+    if case.gradients == "in_place" and case.routing == "uniform" and case.T == 512:
         peers += ["sail_recompute"] + ["sail_fp32_grads"] * (case.dtype == "bf16")
     return peers
 

@@ -106,6 +106,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     brand = re.sub(r"\W+", "-", cpu.get("brand_raw", machine_info["machine"]).lower())
     machine_info |= {
         "device": f"cpu-{brand}-{isa}-{threads}t",
+        "size": size_name(),
         "isa": isa,
         "threads": threads,
         "load_average": os.getloadavg()[0],

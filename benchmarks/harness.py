@@ -39,9 +39,10 @@ def interleave(
     """Seconds of every round by name. As many rounds as `budget` seconds hold, 3 to 64; one if not warmed up."""
     rounds = 1
     if warm_up:
-        for name in (*peers, ours):
-            timed(steps, name)  # the first step of a shape also allocates, packs and starts threads
+        # the first step of a shape also allocates, packs and starts threads; where it is slow, it tells enough
         once = sum(timed(steps, name) for name in (*peers, ours))
+        if once * MIN_ROUNDS < budget:
+            once = sum(timed(steps, name) for name in (*peers, ours))
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / once)))
     samples: dict[str, list[float]] = {name: [] for name in peers}
 

@@ -127,6 +127,8 @@ def provenance(results: Row) -> str:
         f"commit {commit.get('id', 'unknown')[:10]}{' with changes' if commit.get('dirty') else ''}, "
         f"{results['datetime'][:10]}."
     )
+    if info["size"] != "full":
+        text += f" Size {info['size']!r}: these timings mean nothing."
     if limits := info["limits"]:
         rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in limits["dense_gflops"].items())
         text += f" Limits in the same run: dense mm {rates} GFLOP/s; "
@@ -206,11 +208,11 @@ Measured on {provenance(results)} All rows, with every sample: [{source}.json]({
 {END}"""
 
 
-def main() -> int:
-    """Write or check README's block."""
+def main(arguments: list[str] | None = None) -> int:
+    """Write or check README's block; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where README.md is out of date")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     source, readme = RESULTS / README_DEVICE / "moe.json", ROOT / "README.md"
     if not source.exists():
         print(f"{source.relative_to(ROOT)} is missing: run `make bench` on that device")
@@ -222,7 +224,11 @@ def main() -> int:
     head, _, rest = text.partition(START)
     updated = head + readme_block(results, README_DEVICE) + rest.partition(END)[2]
     if check:
-        print("README.md matches the results" if updated == text else "README.md is out of date: make bench-report")
+        print(
+            "README.md matches the results"
+            if updated == text
+            else "README.md is out of date: python -m benchmarks.report"
+        )
         return int(updated != text)
     readme.write_text(updated)
     chart(results, source.with_suffix(".png"))
