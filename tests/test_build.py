@@ -171,3 +171,13 @@ def test_cuda_archs_from_the_environment(monkeypatch: pytest.MonkeyPatch, variab
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     assert runpy.run_path(str(ROOT / "setup.py"))["cuda_archs"]() == archs
+
+
+# -- what README shows
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code.replace("512, 2048, 768, 128, 8", "32, 64, 32, 16, 4"), {})
