@@ -18,12 +18,10 @@ from . import _library
 MIN_ROW = 64  # an RMS over fewer elements fails by chance (K = 8: 3% of the rows of equally accurate kernels)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# ---- shape cases, by name -------------------------------------------------------------------------------------------
+# ---- shape cases, by name
 NORM_SHAPES: dict[str, tuple[int, ...]] = {
     "empty": (0, 64),
     "one_row": (1, 2048),
-    "one_column": (199, 1),
-    "tiny_row": (5, 7),
     "small_row": (199, 64),
     "odd_row": (199, 77),
     "three_dims": (3, 11, 128),
@@ -76,7 +74,7 @@ def random_ids(case: ExpertsCase, seed: int = 0) -> Tensor:
     return ids_TK
 
 
-# ---- the accuracy rule ----------------------------------------------------------------------------------------------
+# ---- the accuracy rule
 def assert_accurate(out: Tensor, ref: Tensor, base: Tensor, k: float = 2.0, name: str = "result") -> None:
     """max|out - ref| <= k max|base - ref|, and the same for the RMS of every row.
 
@@ -90,10 +88,11 @@ def assert_accurate(out: Tensor, ref: Tensor, base: Tensor, k: float = 2.0, name
     assert out.isfinite().all(), f"{name}: {int((~out.isfinite()).sum())} non-finite values"
     eps = torch.finfo(out.dtype).eps
     # fp32 results carry the rounding of a reduction as well; narrower ones were rounded once, uniformly
-    floor = eps if out.dtype == torch.float32 else eps / 12**0.5
+    wide = out.dtype == torch.float32
+    floor, worst_floor = (eps, eps) if wide else (eps / 12**0.5, eps / 2)
     ref = ref.detach().double()
     err, err_base = (out.detach().double() - ref).abs(), (base.detach().double() - ref).abs()
-    worst, budget = err.max(), k * torch.maximum(err_base.max(), eps / 2 * ref.abs().max())
+    worst, budget = err.max(), k * torch.maximum(err_base.max(), worst_floor * ref.abs().max())
     assert worst <= budget, f"{name}: worst element is {worst:.3e} off, budget {budget:.3e}"
     row_err, row_budget = _row_rms(err), k * torch.maximum(_row_rms(err_base), floor * _row_rms(ref))
     bad = (row_err > row_budget).nonzero().flatten()
@@ -104,7 +103,7 @@ def assert_accurate(out: Tensor, ref: Tensor, base: Tensor, k: float = 2.0, name
 
 
 def _row_rms(t: Tensor) -> Tensor:
-    """RMS of every row; shorter rows than MIN_ROW are pooled into blocks of MIN_ROW elements, the last one overlapping."""
+    """RMS of every row; rows shorter than MIN_ROW are pooled into blocks of MIN_ROW elements, the last overlapping."""
     if t.dim() and t.shape[-1] >= MIN_ROW:
         rows = t.reshape(-1, t.shape[-1])
     elif t.numel() >= MIN_ROW:
@@ -169,9 +168,9 @@ def run(fn: Callable[..., Any], *args: Any, upstream: list[Tensor | None] | None
     }
     grads: tuple[Tensor | None, ...] = ()
     if inputs:
-        pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if u is not None]
-        assert pairs, "inputs require gradients, but no output does"
-        out, sent = zip(*pairs, strict=True)
+        differentiable = [(o, u) for o, u in zip(outputs, upstream, strict=True) if u is not None and o.requires_grad]
+        assert differentiable, "inputs require gradients, but no output does"
+        out, sent = zip(*((o, u.to(o.dtype)) for o, u in differentiable), strict=True)
         grads = torch.autograd.grad(out, list(inputs.values()), sent, allow_unused=True)
     return Run([o.detach() for o in outputs], upstream, dict(zip(inputs, grads, strict=True)))
 
@@ -215,7 +214,7 @@ def assert_same(a: Run, b: Run) -> None:
         assert x is None or y is None or torch.equal(x, y), "results differ in their bits"
 
 
-# ---- instruction sets -----------------------------------------------------------------------------------------------
+# ---- instruction sets
 def cpu_isas() -> tuple[str, ...]:
     """The instruction sets of the CPU library that this machine has, weakest first."""
     return _library.cpu_isas()

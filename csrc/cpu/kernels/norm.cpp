@@ -6,11 +6,34 @@
 
 namespace sail::cpu::SAIL_ISA {
 namespace {
-inline float inverse_rms(float sum_of_squares, int64_t D, float eps) {
-  return 1.f / sqrtf(sum_of_squares / static_cast<float>(D) + eps);
+// A column's sum over rows is fp64, in fixed groups of fp32 sums: as exact for a million rows as for one group.
+typedef double vd __attribute__((vector_size(8 * W)));
+inline vd load(const double* p, All) {
+  vd v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vd load(const double* p, Some s) {
+  vd v = {};
+  memcpy(&v, p, s.n * sizeof(double));
+  return v;
+}
+inline void add_to(double* p, vf v, All) {
+  const vd total = load(p, All{}) + __builtin_convertvector(v, vd);
+  memcpy(p, &total, sizeof total);
+}
+inline void add_to(double* p, vf v, Some s) {
+  const vd total = load(p, s) + __builtin_convertvector(v, vd);
+  memcpy(p, &total, s.n * sizeof(double));
 }
 
-template <class T> void scale_row(const T* x, const T* w, T* y, int64_t D, float r) {
+// The few scalars of a row are fp64: free next to the row, and where dx cancels, their rounding would show.
+inline double inverse_rms(float sum_of_squares, int64_t D, float eps) {
+  return 1 / sqrt(static_cast<double>(sum_of_squares) / static_cast<double>(D) + static_cast<double>(eps));
+}
+
+template <class T> void scale_row(const T* x, const T* w, T* y, int64_t D, double inverse) {
+  const float r = static_cast<float>(inverse);
   for_vectors(D, [=](int64_t c, auto lanes) { store(y + c, load(x + c, lanes) * r * load(w + c, lanes), lanes); });
 }
 
@@ -40,43 +63,54 @@ struct BackwardSums {
 };
 inline BackwardSums operator+(BackwardSums a, BackwardSums b) { return {a.squares + b.squares, a.dot + b.dot}; }
 
-// dx = r (w g - x r^2 mean(w g x)) + grad_sum, dweight += g x r
-template <class T> void rms_norm_backward_kernel(const RmsNormBackwardRow& row) {
-  const T *g = static_cast<const T*>(row.grad), *x = static_cast<const T*>(row.x);
-  const T *w = static_cast<const T*>(row.weight), *grad_sum = static_cast<const T*>(row.grad_sum);
-  const BackwardSums sums = sum_vectors<BackwardSums>(row.D, [=](int64_t c, auto lanes, BackwardSums& acc) {
-    const vf v = load(x + c, lanes);
-    acc.squares = fma(v, v, acc.squares);
-    acc.dot = fma(load(w + c, lanes) * load(g + c, lanes), v, acc.dot);
-  });
-  const float r = inverse_rms(sum(sums.squares), row.D, row.eps);
-  if (float* dw = row.dweight)
-    for_vectors(row.D, [=](int64_t c, auto lanes) {
-      store(dw + c, fma(load(g + c, lanes), load(x + c, lanes) * r, load(dw + c, lanes)), lanes);
+// N rows: dx = r (w g - x r^2 mean(w g x)) + grad_sum, dweight += sum of g x r, which meets memory once for all N
+template <class T, int N> void backward_rows(const RmsNormBackwardRows& in, int first) {
+  const T *g[N], *x[N], *grad_sum[N], *w = static_cast<const T*>(in.weight);
+  T* dx[N];
+  float r[N], mean[N];
+  for (int i = 0; i < N; i++) {
+    const T* gi = g[i] = static_cast<const T*>(in.grad[first + i]);
+    const T* xi = x[i] = static_cast<const T*>(in.x[first + i]);
+    grad_sum[i] = static_cast<const T*>(in.grad_sum[first + i]);
+    dx[i] = static_cast<T*>(in.dx[first + i]);
+    const BackwardSums sums = sum_vectors<BackwardSums>(in.D, [=](int64_t c, auto lanes, BackwardSums& acc) {
+      const vf v = load(xi + c, lanes);
+      acc.squares = fma(v, v, acc.squares);
+      acc.dot = fma(load(w + c, lanes) * load(gi + c, lanes), v, acc.dot);
     });
-  T* dx = static_cast<T*>(row.dx);
-  if (!dx) return;
-  const float mean = r * r * (sum(sums.dot) / static_cast<float>(row.D));
-  const auto gradient = [=](int64_t c, auto lanes) {
-    return (load(w + c, lanes) * load(g + c, lanes) - load(x + c, lanes) * mean) * r;
-  };
-  if (grad_sum)
-    for_vectors(row.D,
-                [=](int64_t c, auto lanes) { store(dx + c, gradient(c, lanes) + load(grad_sum + c, lanes), lanes); });
-  else
-    for_vectors(row.D, [=](int64_t c, auto lanes) { store(dx + c, gradient(c, lanes), lanes); });
+    const double inverse = inverse_rms(sum(sums.squares), in.D, in.eps), D = static_cast<double>(in.D);
+    r[i] = static_cast<float>(inverse);
+    mean[i] = static_cast<float>(inverse * inverse * static_cast<double>(sum(sums.dot)) / D);
+  }
+  const bool need_dx = in.dx[0], add = in.grad_sum[0];
+  double* dw = in.dweight;
+  for_vectors(in.D, [&](int64_t c, auto lanes) {
+    vf term[N];
+    for (int i = 0; i < N; i++) {
+      const vf gv = load(g[i] + c, lanes), xv = load(x[i] + c, lanes);
+      term[i] = gv * (xv * r[i]);
+      if (!need_dx) continue;
+      vf d = (load(w + c, lanes) * gv - xv * mean[i]) * r[i];
+      if (add) d += load(grad_sum[i] + c, lanes);
+      store(dx[i] + c, d, lanes);
+    }
+    if (!dw) return;
+    for (int n = N / 2; n; n /= 2)
+      for (int i = 0; i < n; i++) term[i] += term[i + n];
+    add_to(dw + c, term[0], lanes);
+  });
 }
 
-// Two levels, 64 rows each: the rounding error grows with the square root of 64, not of all rows.
-template <class T> void sum_rows_kernel(const float* partial, int64_t rows, int64_t stride, int64_t n, void* out) {
+template <class T> void rms_norm_backward_kernel(const RmsNormBackwardRows& in) {
+  if (in.rows == kNormGroup) return backward_rows<T, kNormGroup>(in, 0);
+  for (int i = 0; i < in.rows; i++) backward_rows<T, 1>(in, i);
+}
+
+template <class T> void sum_rows_kernel(const double* partial, int64_t rows, int64_t stride, int64_t n, void* out) {
   for_vectors(n, [=](int64_t c, auto lanes) {
-    vf total = {};
-    for (int64_t start = 0; start < rows; start += 64) {
-      vf acc = {};
-      for (int64_t i = start; i < rows && i < start + 64; i++) acc += load(partial + i * stride + c, lanes);
-      total += acc;
-    }
-    store(static_cast<T*>(out) + c, total, lanes);
+    vd total = {};
+    for (int64_t i = 0; i < rows; i++) total += load(partial + i * stride + c, lanes);
+    store(static_cast<T*>(out) + c, __builtin_convertvector(total, vf), lanes);
   });
 }
 }  // namespace

@@ -29,12 +29,11 @@ template <class T> void softmax(const T* logits, float* probs, int64_t E) {
   float lane[W], top = -INFINITY;
   memcpy(lane, &m, sizeof m);
   for (int i = 0; i < W; i++) top = lane[i] > top ? lane[i] : top;
-  vf total = {};
-  for (int64_t c = 0; c < padded; c += W) {
-    const vf p = vexp(load(probs + c) - set1(top));
-    store(probs + c, p);
-    total += p;
-  }
+  const vf total = sum_vectors<vf>(padded, [=](int64_t c, auto lanes, vf& acc) {
+    const vf p = vexp(load(probs + c, lanes) - set1(top));
+    store(probs + c, p, lanes);
+    acc += p;
+  });
   const vf denominator = set1(sum(total));
   for (int64_t c = 0; c < padded; c += W) store(probs + c, load(probs + c) / denominator);
 }
@@ -68,15 +67,16 @@ void top_k(const RouteRow& row) {
 template <class T> void route_topk_kernel(const RouteRow& row) {
   softmax(static_cast<const T*>(row.logits), row.probs, row.E);
   if (!row.replay) top_k(row);
-  float total = 0;
-  for (int64_t k = 0; k < row.K; k++) total += row.weights[k] = row.probs[row.ids[k]];
+  double total = 0;
+  for (int64_t k = 0; k < row.K; k++) total += static_cast<double>(row.weights[k] = row.probs[row.ids[k]]);
   if (row.renormalize)
-    for (int64_t k = 0; k < row.K; k++) row.weights[k] /= total;
+    for (int64_t k = 0; k < row.K; k++) row.weights[k] /= static_cast<float>(total);
   if (!row.prob_sum) return;
   for (int64_t e = 0; e < row.E; e++) row.prob_sum[e] += static_cast<double>(row.probs[e]);
   for (int64_t k = 0; k < row.K; k++) row.counts[row.ids[k]]++;
 }
 
+// The sums over K are fp64: dw - dot cancels.
 // dp = grad_prob_sum + scatter(dweights), through w = p / sum(p) if renormalized; dlogits = p (dp - sum(p dp))
 template <class T> void route_topk_backward_kernel(const RouteBackwardRow& row) {
   const int64_t padded = routing_padded(row.E);
@@ -84,17 +84,22 @@ template <class T> void route_topk_backward_kernel(const RouteBackwardRow& row) 
   softmax(static_cast<const T*>(row.logits), p, row.E);
   for (int64_t c = 0; c < padded; c += W) store(dp + c, row.grad_prob_sum ? load(row.grad_prob_sum + c) : vf{});
   if (const float* dw = row.grad_weights) {
-    float total = 1, dot = 0;
+    double total = 1, dot = 0;
     if (row.renormalize) {
       total = 0;
-      for (int64_t k = 0; k < row.K; k++) total += p[row.ids[k]], dot += dw[k] * p[row.ids[k]];
+      for (int64_t k = 0; k < row.K; k++) {
+        const double pk = static_cast<double>(p[row.ids[k]]);
+        total += pk, dot += static_cast<double>(dw[k]) * pk;
+      }
       dot /= total;
     }
-    for (int64_t k = 0; k < row.K; k++) dp[row.ids[k]] += (dw[k] - dot) / total;
+    for (int64_t k = 0; k < row.K; k++)
+      dp[row.ids[k]] += static_cast<float>((static_cast<double>(dw[k]) - dot) / total);
   }
-  vf acc = {};
-  for (int64_t c = 0; c < padded; c += W) acc = fma(load(p + c), load(dp + c), acc);
-  const vf mean = set1(sum(acc));
+  const vf products = sum_vectors<vf>(padded, [=](int64_t c, auto lanes, vf& acc) {
+    acc = fma(load(p + c, lanes), load(dp + c, lanes), acc);
+  });
+  const vf mean = set1(sum(products));
   for_vectors(row.E, [=](int64_t c, auto lanes) {
     store(static_cast<T*>(row.dlogits) + c, load(p + c) * (load(dp + c) - mean), lanes);
   });
