@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         rotation = rotary_tables(positions_BL, self.config)
         statistics = []
         for layer in self.layers:
-            x_BLD, stats = layer(
+            x_BLD, counts_E, prob_sum_E = layer(
                 x_BLD,
                 rotation,
                 attention_mask=attention_mask,
@@ -62,13 +62,17 @@ class Decoder(nn.Module):
                 token_mask_T=token_mask_T,
                 past_key_values=past_key_values,
             )
-            if stats is not None:
-                statistics.append(stats)
+            if counts_E is not None:
+                statistics.append((counts_E, prob_sum_E))
         return self.norm(x_BLD), statistics
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or routed."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or routed.
+
+    Returns x and the routing statistics, None for a dense layer, side by side: reentrant activation checkpointing
+    loses the gradient of a tensor inside a nested tuple.
+    """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
@@ -86,13 +90,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         packed: PackedLayout | None,
         token_mask_T: Tensor | None,
         past_key_values: Cache | None,
-    ) -> tuple[Tensor, Statistics | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         attended = self.self_attn(self.input_layernorm(x_BLD), rotation, attention_mask, packed, past_key_values)
         normed, x_BLD = self.post_attention_layernorm.add(attended, x_BLD)
         if isinstance(self.mlp, SparseMoe):
-            y_BLD, stats = self.mlp(normed, token_mask_T)
-            return x_BLD + y_BLD, stats
-        return x_BLD + self.mlp(normed), None
+            y_BLD, counts_E, prob_sum_E = self.mlp(normed, token_mask_T)
+            return x_BLD + y_BLD, counts_E, prob_sum_E
+        return x_BLD + self.mlp(normed), None, None
 
 
 class Attention(nn.Module):
@@ -156,11 +160,11 @@ class SparseMoe(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
-    def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Statistics]:
+    def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = x_BLD.flatten(0, 1)
         routing = sail_ops.route_topk(self.gate(x_TD), self.top_k, renormalize=self.renormalize, mask_T=token_mask_T)
         y_TD = self.experts(x_TD, routing.ids_TK, routing.weights_TK)
-        return y_TD.view_as(x_BLD), (routing.counts_E, routing.prob_sum_E)
+        return y_TD.view_as(x_BLD), routing.counts_E, routing.prob_sum_E
 
 
 class Experts(nn.Module):
@@ -195,7 +199,7 @@ def rotary_tables(positions_BL: Tensor, config: PreTrainedConfig) -> Rotation:
 
 
 def rotate(x_BLHA: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+A/2}) by the angle of their position; in the precision of `rotation`, rounded once."""
+    """Rotate the pairs (x_i, x_{i+A/2}) by the angle of their position, in the precision of `rotation`; round once."""
     cos, sin = rotation
     low, high = x_BLHA.chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BLHA.dtype)

@@ -89,8 +89,10 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: a transformers Cache, which is extended; with use_cache=True one is made where none is given.
         labels [B, L], aligned with input_ids: position i is predicted from i - 1; -100 is ignored. The first token of
             a sequence, or of a packed sample, is never predicted.
-        cu_seqlens [S+1] int32 or int64, for a PACKED stream (B = 1, no attention_mask, no cache): sample s is
-            [cu_seqlens[s], cu_seqlens[s+1]); positions start at 0 and attention is blocked in every sample.
+        cu_seqlens [S+1] int32 or int64, for a PACKED stream (B = 1, no cache): sample s is
+            [cu_seqlens[s], cu_seqlens[s+1]); positions start at 0 and attention is blocked in every sample. Several
+            streams are one long stream. Padding needs samples of its own; attention_mask [1, L] then only says which
+            tokens the routing statistics leave out.
         logits_to_keep: compute logits for the last n positions (0: all), or for these positions (int64 [n]). The loss
             is over the same positions, so those whose next token is labelled give the full loss in less memory.
         num_items_in_batch: divide the summed loss by this instead of by the number of labelled positions.
@@ -185,8 +187,8 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         batch, length = x_BLD.shape[:2]
         packed: PackedLayout | None = None
         if cu_seqlens is not None:
-            if attention_mask is not None or cache is not None:
-                raise ValueError("SailVL2: cu_seqlens excludes attention_mask, past_key_values and use_cache")
+            if cache is not None:
+                raise ValueError("SailVL2: cu_seqlens excludes past_key_values and use_cache")
             check_cu_seqlens(cu_seqlens, batch, length)
             packed = packed_layout(cu_seqlens)
             if position_ids is None:

@@ -39,9 +39,8 @@ class Preprocessor(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.dim() != 4 or pixel_values.shape[1:] != self.tile_shape:
-            raise ValueError(
-                f"SailViT: pixel_values has shape {list(pixel_values.shape)}, wanted [tiles, *{list(self.tile_shape)}]"
-            )
+            wanted = ", ".join(map(str, self.tile_shape))
+            raise ValueError(f"SailViT: pixel_values has shape {list(pixel_values.shape)}, wanted [tiles, {wanted}]")
         return self.patchifier(pixel_values) + self.pos_embed
 
 

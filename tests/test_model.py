@@ -1,0 +1,440 @@
+"""SAIL-VL2's own behavior: packing, generation, checkpoints, routing statistics, what it refuses."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny_model import EOS, IMAGE, PAD, VOCAB, exact_ops, lively_model, one_thread, pixels, prompt, tiny_config
+from torch import Tensor
+
+import sail_ops
+from sail_model import PRESETS, SailViTConfig, SailVL2Config, SailVL2ForConditionalGeneration, load_released
+from sail_model.config import SAIL_VIT_LARGE
+from sail_ops.testing import assert_accurate
+
+Model = SailVL2ForConditionalGeneration
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def gradients(model: Model, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def exact(model: Model, call: Callable[[Model, torch.dtype], Any]) -> Any:
+    """The call on a copy of the model in fp64, on the reference operators."""
+    wide = Model(model.config).double().eval()
+    wide.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
+    with exact_ops():
+        return call(wide, torch.float64)
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+STREAM = [prompt(1, 9, 1), prompt(0, 1, 2), prompt(2, 4, 3), prompt(0, 33, 4), prompt(0, 2, 5), prompt(1, 9, 6)]
+
+
+def packed(model: Model, dtype: torch.dtype, **kwargs: Any) -> Any:
+    ids = torch.cat(STREAM)[None]
+    cu_seqlens = F.pad(torch.tensor([len(row) for row in STREAM]).cumsum(0), (1, 0)).int()
+    return model(input_ids=ids, pixel_values=pixels(4).to(dtype), cu_seqlens=cu_seqlens, labels=ids, **kwargs)
+
+
+def separate(model: Model, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits of the samples one by one, and the loss over all of them."""
+    logits, tiles = [], pixels(4).to(dtype).split([1, 0, 2, 0, 0, 1])
+    for row, tile in zip(STREAM, tiles, strict=True):
+        out = model(input_ids=row[None], pixel_values=tile if len(tile) else None)
+        logits.append(out.logits[0])
+    total = sum(F.cross_entropy(each[:-1], row[1:], reduction="sum") for each, row in zip(logits, STREAM, strict=True))
+    return torch.cat(logits), total / sum(len(row) - 1 for row in STREAM)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_packed_stream_equals_separate_samples(moe: bool) -> None:
+    model = lively_model(tiny_config(moe))
+    out = packed(model, torch.float32)
+    alone, alone_loss = separate(model, torch.float32)
+    reference, reference_loss = exact(model, separate)
+    assert_accurate(out.logits[0], reference, alone, name="logits")
+    assert_accurate(out.loss, reference_loss, alone_loss, name="loss")
+    got, base = gradients(model, out.loss), gradients(model, alone_loss)
+    want = exact(model, lambda wide, dtype: gradients(wide, separate(wide, dtype)[1]))
+    for name in ("vision_model.preprocessor.pos_embed", "language_model.model.embed_tokens.weight"):
+        assert_accurate(got[name].flatten(), want[name].flatten(), base[name].flatten(), name=name)
+
+
+def test_packed_samples_do_not_see_each_other() -> None:
+    model = lively_model(tiny_config(True))
+    ids = torch.cat(STREAM)[None]
+    changed = ids.clone()
+    changed[0, len(STREAM[0])] = 17
+    cu_seqlens = F.pad(torch.tensor([len(row) for row in STREAM]).cumsum(0), (1, 0))
+    before, after = (
+        model(input_ids=each, pixel_values=pixels(4), cu_seqlens=cu_seqlens).logits[0] for each in (ids, changed)
+    )
+    differs = (before != after).any(-1).nonzero().flatten()
+    assert differs.tolist() == [len(STREAM[0])], "a sample of one token changed, and nothing else may"
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        ([0, 3, 7], "rise from 0 to 8"),
+        ([1, 8], "rise from 0 to 8"),
+        ([0, 5, 5, 8], "rise from 0 to 8"),
+        ([0.0, 8.0], "int32 or int64"),
+        ([[0, 8]], "int32 or int64"),
+    ],
+)
+def test_bad_cu_seqlens(cu_seqlens: Any, message: str) -> None:
+    model = lively_model(tiny_config(False))
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=torch.full((1, 8), 5), cu_seqlens=torch.tensor(cu_seqlens))
+
+
+def test_packing_excludes_batches_and_caches() -> None:
+    model, cu_seqlens = lively_model(tiny_config(False)), torch.tensor([0, 8])
+    with pytest.raises(ValueError, match="batch of one"):
+        model(input_ids=torch.full((2, 8), 5), cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="excludes"):
+        model(input_ids=torch.full((1, 8), 5), cu_seqlens=cu_seqlens, use_cache=True)
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_generate_with_cache_equals_without(moe: bool) -> None:
+    model = lively_model(tiny_config(moe))
+    rows = [prompt(2, 6, 1), prompt(1, 4, 2)]
+    width = max(map(len, rows))
+    ids = torch.stack([F.pad(row, (width - len(row), 0), value=PAD) for row in rows])
+    inputs = dict(input_ids=ids, attention_mask=(ids != PAD).long(), pixel_values=pixels(3))
+    greedy = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    cached, uncached = (model.generate(**inputs, **greedy, use_cache=use) for use in (True, False))
+    assert cached.shape == (2, width + 8)
+    assert torch.equal(cached, uncached)
+    # each row generates what it generates without the other row and without padding
+    for row, tiles, got in zip(rows, pixels(3).split([2, 1]), cached, strict=True):
+        alone = model.generate(input_ids=row[None], pixel_values=tiles, **greedy)
+        assert torch.equal(alone[0, len(row) :], got[width:])
+
+
+def test_generate_samples_beams_and_static_cache() -> None:
+    model = lively_model(tiny_config(True))
+    inputs = dict(input_ids=prompt(1, 6, 1)[None], pixel_values=pixels(1), max_new_tokens=5, min_new_tokens=5)
+    greedy = model.generate(**inputs, do_sample=False)
+    assert torch.equal(model.generate(**inputs, do_sample=False, cache_implementation="static"), greedy)
+    beams = model.generate(**inputs, do_sample=False, num_beams=3)
+    assert beams.shape == greedy.shape
+    torch.manual_seed(0)
+    assert model.generate(**inputs, do_sample=True, num_return_sequences=2).shape == (2, greedy.shape[1])
+
+
+def test_cache_in_two_parts_equals_one() -> None:
+    model, ids = lively_model(tiny_config(True)), prompt(1, 12, 1)[None]
+    whole = model(input_ids=ids, pixel_values=pixels(1))
+    start = model(input_ids=ids[:, :9], pixel_values=pixels(1), use_cache=True)
+    rest = model(input_ids=ids[:, 9:], past_key_values=start.past_key_values)
+    wide = exact(model, lambda m, dtype: m(input_ids=ids, pixel_values=pixels(1).to(dtype)).logits[0])
+    assert_accurate(torch.cat([start.logits, rest.logits], 1)[0], wide, whole.logits[0])
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+def test_loss_is_that_of_the_next_labelled_token() -> None:
+    model, ids = lively_model(tiny_config(False)), prompt(1, 12, 1)[None]
+    labels = torch.where(torch.arange(ids.shape[1]) < 9, -100, ids)
+    out = model(input_ids=ids, pixel_values=pixels(1), labels=labels)
+    by_hand = F.cross_entropy(out.logits[0, 8:-1], ids[0, 9:])
+    assert torch.equal(out.loss, by_hand)
+    summed = model(input_ids=ids, pixel_values=pixels(1), labels=labels, num_items_in_batch=2)
+    torch.testing.assert_close(summed.loss, by_hand * (ids.shape[1] - 9) / 2)
+
+
+def test_logits_to_keep_keeps_the_loss() -> None:
+    model = lively_model(tiny_config(True))
+    full = packed(model, torch.float32)
+    kept = torch.tensor([3, 4, 20])
+    part = packed(model, torch.float32, logits_to_keep=kept)
+    torch.testing.assert_close(part.logits, full.logits[:, kept])
+    torch.testing.assert_close(part.loss, F.cross_entropy(full.logits[0, kept], torch.cat(STREAM)[kept + 1]))
+    torch.testing.assert_close(packed(model, torch.float32, logits_to_keep=2).logits, full.logits[:, -2:])
+
+
+# ---- routing statistics ---------------------------------------------------------------------------------------------
+def test_routing_statistics_count_tokens_and_not_padding() -> None:
+    model = lively_model(tiny_config(True))
+    rows = [prompt(1, 6, 1), prompt(1, 9, 2)]
+    alone = [model(input_ids=row[None], pixel_values=pixels(1)) for row in rows]
+    width = max(map(len, rows))
+    ids = torch.stack([F.pad(row, (0, width - len(row)), value=PAD) for row in rows])
+    out = model(input_ids=ids, attention_mask=(ids != PAD).long(), pixel_values=pixels(1).repeat(2, 1, 1, 1))
+    assert out.num_tokens == sum(map(len, rows))
+    assert torch.equal(out.counts_ME, alone[0].counts_ME + alone[1].counts_ME)
+    assert out.counts_ME.sum(1).tolist() == [2 * out.num_tokens] * 3
+    torch.testing.assert_close(out.prob_sum_ME, alone[0].prob_sum_ME + alone[1].prob_sum_ME)
+    in_a_stream = model(
+        input_ids=ids.view(1, -1),
+        attention_mask=(ids != PAD).long().view(1, -1),
+        cu_seqlens=torch.tensor([0, len(rows[0]), width, 2 * width]),
+        pixel_values=pixels(1).repeat(2, 1, 1, 1),
+    )
+    assert torch.equal(in_a_stream.counts_ME, out.counts_ME)
+    assert in_a_stream.num_tokens == out.num_tokens
+
+
+def test_balance_loss_reaches_every_router_and_only_dense_has_none() -> None:
+    model = lively_model(tiny_config(True))
+    out = model(input_ids=prompt(0, 20, 1)[None])
+    losses = [
+        sail_ops.load_balancing_loss(counts, sums, out.num_tokens)
+        for counts, sums in zip(out.counts_ME, out.prob_sum_ME, strict=True)
+    ]
+    grads = gradients(model, torch.stack(losses).sum())
+    for layer in range(3):
+        assert grads[f"language_model.model.layers.{layer}.mlp.gate.weight"].any()
+    dense = lively_model(tiny_config(False))(input_ids=prompt(0, 20, 1)[None])
+    assert dense.counts_ME is None and dense.prob_sum_ME is None and dense.num_tokens is None
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
+    model = lively_model(tiny_config(True)).train()
+
+    def step() -> tuple[Any, dict[str, Tensor]]:
+        out = packed(model, torch.float32)
+        return out, gradients(model, out.loss + 0.1 * out.prob_sum_ME.square().mean())
+
+    plain, plain_grads = step()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert all(layer.gradient_checkpointing for layer in model.language_model.model.layers)
+    again, again_grads = step()
+    assert torch.equal(again.loss, plain.loss)
+    assert again_grads.keys() == plain_grads.keys()
+    for name, gradient in plain_grads.items():
+        assert torch.equal(again_grads[name], gradient), name
+
+
+# ---- image tokens ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("tokens", "tiles"), [(2, 1), (1, 2), (1, 0), (0, 1)])
+def test_image_tokens_and_features_must_agree(tokens: int, tiles: int) -> None:
+    model = lively_model(tiny_config(False))
+    with pytest.raises(ValueError, match=f"{4 * tokens} image tokens .* {4 * tiles} image features"):
+        model(input_ids=prompt(tokens, 6, 1)[None], pixel_values=pixels(tiles) if tiles else None)
+
+
+def test_a_broken_image_span_is_refused() -> None:
+    ids = prompt(1, 6, 1)
+    with pytest.raises(ValueError, match="3 image tokens"):
+        lively_model(tiny_config(False))(input_ids=ids[3:][None], pixel_values=pixels(1))
+
+
+def test_bad_pictures_and_inputs() -> None:
+    model, ids = lively_model(tiny_config(False)), prompt(1, 6, 1)[None]
+    with pytest.raises(ValueError, match=r"\[1, 3, 28, 28\], wanted \[tiles, 3, 56, 56\]"):
+        model(input_ids=ids, pixel_values=pixels(1)[..., :28, :28])
+    with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="excludes"):
+        model(input_ids=ids, inputs_embeds=torch.zeros(1, 3, 64))
+
+
+def test_embeddings_in_the_place_of_ids() -> None:
+    model, ids = lively_model(tiny_config(False)), prompt(0, 6, 1)[None]
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(input_ids=ids).logits)
+
+
+# ---- configurations -------------------------------------------------------------------------------------------------
+VIT_HUGE, MLP1 = 682_031_616, {1024: 7_354_368, 2048: 16_793_600, 4096: 41_963_520}
+TEXT = {
+    "SAIL-VL2-1B": (596_049_920, 1024),
+    "SAIL-VL2-2B": (1_720_574_976, 2048),
+    "SAIL-VL2-8B": (8_190_735_360, 4096),
+    "SAIL-VL2-30B-A3B": (30_532_122_624, 2048),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_counts_of_the_zoo(name: str) -> None:
+    with torch.device("meta"):
+        model = Model(SailVL2Config.from_preset(name))
+    text, hidden = TEXT[name]
+    assert sum(p.numel() for p in model.vision_model.parameters()) == VIT_HUGE
+    assert sum(p.numel() for p in model.mlp1.parameters()) == MLP1[hidden]
+    assert sum(p.numel() for p in model.language_model.parameters()) == text
+    assert model.config.tokens_per_tile == 256
+    if name == "SAIL-VL2-2B":  # the released file stores the tied head as well: 490 tensors, 5,461,130,240 bytes
+        assert len(model.state_dict()) == 490
+        assert 2 * sum(value.numel() for value in model.state_dict().values()) == 5_461_130_240
+    if name == "SAIL-VL2-30B-A3B":
+        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        assert text - experts * (128 - 8) // 128 == 3_353_032_704
+
+
+def test_parameter_count_of_the_large_encoder() -> None:
+    with torch.device("meta"):
+        model = Model(SailVL2Config(vision_config=SAIL_VIT_LARGE, text_config=tiny_config(False).text_config))
+    assert sum(p.numel() for p in model.vision_model.parameters()) == 309_984_256
+
+
+def test_released_key_names() -> None:
+    """The names of the released 2B file, layers counted out."""
+    wanted = {"mlp1.0", "mlp1.1", "mlp1.3"}
+    wanted = {f"{name}.{kind}" for name in wanted for kind in ("weight", "bias")}
+    wanted |= {f"vision_model.preprocessor.patchifier.{n}" for n in ("proj.weight", "proj.bias", "norm.weight")}
+    wanted |= {"vision_model.preprocessor.pos_embed", "vision_model.trunk.post_trunk_norm.weight"}
+    for block in range(2):
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "mlp.fc3", "norm_1", "norm_2"):
+            wanted.add(f"vision_model.trunk.blocks.{block}.{name}.weight")
+    wanted |= {f"language_model.{n}.weight" for n in ("model.embed_tokens", "model.norm", "lm_head")}
+    for layer in range(3):
+        for name in (
+            *(f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+            *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
+        ):
+            wanted.add(f"language_model.model.layers.{layer}.{name}.weight")
+    assert Model(tiny_config(False)).state_dict().keys() == wanted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(ps_version="v1"),
+        dict(select_layer=-4),
+        dict(downsample_ratio=0.3),
+        dict(text_config=dict(model_type="llama")),
+        dict(text_config=dict(model_type="qwen3", hidden_act="gelu")),
+        dict(text_config=dict(model_type="qwen3", use_sliding_window=True, sliding_window=4)),
+        dict(
+            text_config=dict(model_type="qwen3", rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))
+        ),
+        dict(vision_config=dict(qkv_bias=True)),
+        dict(vision_config=dict(image_size=450)),
+        dict(vision_config=dict(num_attention_heads=7)),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_implemented_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"SailVL2Config|SailViTConfig"):
+        SailVL2Config(**change)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match=r"no preset 'SAIL-VL3'.*SAIL-VL2-2B"):
+        SailVL2Config.from_preset("SAIL-VL3")
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_fresh_weights_are_fit_for_training(moe: bool) -> None:
+    torch.manual_seed(0)
+    model = Model(tiny_config(moe))
+    for name, weight in model.named_parameters():
+        assert weight.isfinite().all(), name
+        constant = name.endswith("bias") or "norm" in name or name == "mlp1.0.weight"
+        assert (weight.std() == 0) == constant, name
+    ids = prompt(1, 60, 1)[None]
+    loss = model(input_ids=ids, pixel_values=pixels(1), labels=ids).loss
+    assert abs(loss - torch.tensor(float(VOCAB)).log()) < 0.1, "a fresh model should guess uniformly"
+    o_proj, q_proj = (
+        model.language_model.model.layers[0].self_attn.get_submodule(n).weight for n in ("o_proj", "q_proj")
+    )
+    assert 0.8 < q_proj.std() / o_proj.std() / 6**0.5 < 1.2, "3 layers write twice each to the residual stream"
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_checkpoint_round_trip_is_exact(moe: bool, tied: bool, tmp_path: Path) -> None:
+    model = lively_model(tiny_config(moe, tie_word_embeddings=tied)).bfloat16()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert ("language_model.lm_head.weight" in stored) != tied
+    assert any(".experts.7.up_proj.weight" in key for key in stored) == moe
+    again = Model.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    again.save_pretrained(tmp_path / "again")
+    config, config_again = ((tmp_path / each / "config.json").read_text() for each in (".", "again"))
+    without_dtype = re.compile(r' *"dtype": .*\n')  # loading adds it to the parts
+    assert without_dtype.sub("", config_again) == without_dtype.sub("", config)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+    head, embeddings = again.get_output_embeddings().weight, again.get_input_embeddings().weight
+    assert (head.data_ptr() == embeddings.data_ptr()) == tied
+
+
+def released_folder(folder: Path, model: Model, **overrides: Any) -> Path:
+    """What SAIL-VL2-2B looks like on disk: its own config.json, a tied lm_head stored all the same."""
+    config = model.config
+    text = config.text_config.to_dict()
+    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
+    released = dict(
+        model_type="sailvl",
+        architectures=["SAILVLModel"],
+        llm_config=text,
+        vision_config=config.vision_config.to_dict(),
+        force_image_size=config.vision_config.image_size,
+        downsample_ratio=0.5,
+        ps_version="v2",
+        select_layer=-1,
+        torch_dtype="bfloat16",
+    )
+    (folder / "config.json").write_text(json.dumps(released | overrides))
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("stored_head", [True, False])
+def test_released_folder(stored_head: bool, tmp_path: Path) -> None:
+    model = lively_model(tiny_config(False, tie_word_embeddings=True)).bfloat16()
+    released_folder(tmp_path, model)
+    if not stored_head:
+        state = load_file(tmp_path / "model.safetensors")
+        del state["language_model.lm_head.weight"]
+        save_file(state, tmp_path / "model.safetensors")
+    loaded = load_released(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    loaded.config.image_token_id = IMAGE  # the released id is beyond this small vocabulary
+    ids = prompt(1, 6, 1)[None]
+    got, want = (m(input_ids=ids, pixel_values=pixels(1)).logits for m in (loaded, model))
+    assert torch.equal(got, want)
+
+
+def test_released_folder_that_does_not_fit(tmp_path: Path) -> None:
+    model = lively_model(tiny_config(False))
+    released_folder(tmp_path, model)
+    state = load_file(tmp_path / "model.safetensors")
+    state["mlp1.9.weight"] = state.pop("mlp1.3.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"mlp1\.3\.weight.*mlp1\.9\.weight"):
+        load_released(tmp_path)
+    released_folder(tmp_path, model, model_type="internvl_chat")
+    with pytest.raises(ValueError, match="internvl_chat"):
+        load_released(tmp_path)
+
+
+def test_stacked_experts_load_too(tmp_path: Path) -> None:
+    model = lively_model(tiny_config(True))
+    model.save_pretrained(tmp_path)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    again = Model.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_vision_config_defaults_to_the_huge_encoder() -> None:
+    config = SailViTConfig()
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (1536, 4096, 24)
+    assert (config.num_attention_heads, config.grid_size, config.rms_norm_eps) == (12, 32, 1e-5)
+    assert tiny_config(False).text_config.eos_token_id == EOS
