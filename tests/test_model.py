@@ -67,7 +67,8 @@ def test_packed_stream_equals_separate_samples(moe: bool) -> None:
     out = packed(model, torch.float32)
     alone, alone_loss = separate(model, torch.float32)
     reference, reference_loss = exact(model, separate)
-    assert_accurate(out.logits[0], reference, alone, name="logits")
+    # pooled: over a whole model, the errors of one row are too alike to average out
+    assert_accurate(out.logits.flatten(), reference.flatten(), alone.flatten(), name="logits")
     assert_accurate(out.loss, reference_loss, alone_loss, name="loss")
     got, base = gradients(model, out.loss), gradients(model, alone_loss)
     want = exact(model, lambda wide, dtype: gradients(wide, separate(wide, dtype)[1]))
@@ -146,8 +147,9 @@ def test_cache_in_two_parts_equals_one() -> None:
     whole = model(input_ids=ids, pixel_values=pixels(1))
     start = model(input_ids=ids[:, :9], pixel_values=pixels(1), use_cache=True)
     rest = model(input_ids=ids[:, 9:], past_key_values=start.past_key_values)
-    wide = exact(model, lambda m, dtype: m(input_ids=ids, pixel_values=pixels(1).to(dtype)).logits[0])
-    assert_accurate(torch.cat([start.logits, rest.logits], 1)[0], wide, whole.logits[0])
+    wide = exact(model, lambda m, dtype: m(input_ids=ids, pixel_values=pixels(1).to(dtype)).logits)
+    parts = torch.cat([start.logits, rest.logits], 1)
+    assert_accurate(parts.flatten(), wide.flatten(), whole.logits.flatten())
 
 
 # ---- loss -----------------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def test_loss_is_that_of_the_next_labelled_token() -> None:
     labels = torch.where(torch.arange(ids.shape[1]) < 9, -100, ids)
     out = model(input_ids=ids, pixel_values=pixels(1), labels=labels)
     by_hand = F.cross_entropy(out.logits[0, 8:-1], ids[0, 9:])
-    assert torch.equal(out.loss, by_hand)
+    torch.testing.assert_close(out.loss, by_hand)
     summed = model(input_ids=ids, pixel_values=pixels(1), labels=labels, num_items_in_batch=2)
     torch.testing.assert_close(summed.loss, by_hand * (ids.shape[1] - 9) / 2)
 

@@ -180,7 +180,8 @@ def compare(ours: SailVL2ForConditionalGeneration, swapped: bool, dtype: torch.d
     exact, exact_gradients = logits_and_gradients(exact_model, batch, torch.float64)
     base, base_gradients = logits_and_gradients(base_model, batch, dtype)
     assert exact.std() > 0.5, "logits are too small to show an error"
-    assert_accurate(logits, exact, base, name="logits")
+    # pooled: over a whole model, the errors of one row are too alike to average out
+    assert_accurate(logits.flatten(), exact.flatten(), base.flatten(), name="logits")
     exact_gradients = from_reference(exact_gradients, gradients)
     base_gradients = from_reference(base_gradients, gradients)
     ours_by_layer, exact_by_layer, base_by_layer = (
