@@ -108,15 +108,14 @@ def moe_cases() -> list[MoeCase]:
 def draw_routings(case: MoeCase, pool: int) -> list[Tensor]:
     """`pool` routings, ids [T, K] each: K distinct experts a token, by Gumbel top-k over the experts' popularity.
 
-    uniform: equal popularity; where T*K <= E, consecutive routings share no expert until all E were used, so that no
-    cache holds their weights. zipf: popularity 1/rank, the ranks in random order (at E = 128 the first expert draws
+    uniform: equal popularity; at T = 1 consecutive routings share no expert until all E were used, so that no cache
+    holds their weights. zipf: popularity 1/rank, the ranks in random order (at E = 128 the first expert draws
     about one token in two).
     """
     s = case.sizes
     generator = torch.Generator().manual_seed(0)
-    if case.routing == "uniform" and case.T * s.K <= s.E:
-        order = torch.randperm(s.E, generator=generator)
-        chunks = order[: s.E // (case.T * s.K) * case.T * s.K].reshape(-1, case.T, s.K)
+    if case.routing == "uniform" and case.T == 1:
+        chunks = torch.randperm(s.E, generator=generator)[: s.E // s.K * s.K].reshape(-1, 1, s.K)
         return [chunks[i % len(chunks)] for i in range(pool)]
     popularity_E = torch.ones(s.E)
     if case.routing == "zipf":

@@ -37,7 +37,7 @@ class Layer:
         self.weights = (torch.nn.Parameter(gate_up, requires_grad=train), torch.nn.Parameter(down, requires_grad=train))
         self.x_TD = torch.randn(case.T, s.D, generator=generator).to(dtype).requires_grad_(train)
         self.grad_TD = torch.randn(case.T, s.D, generator=generator).to(dtype)
-        self.ids = draw_routings(case, POOL if case.T * s.K <= s.E else 1)
+        self.ids = draw_routings(case, POOL if case.T <= 16 else 1)
         routing_TK = torch.rand(case.T, s.K, generator=generator).softmax(-1)
         self.routing_TK = routing_TK.to(dtype).requires_grad_(train)
         self.hit = sum(ids.unique().numel() for ids in self.ids) / len(self.ids)
@@ -58,7 +58,8 @@ class Layer:
 
     def forward(self, name: str) -> Tensor:
         """y [T, D]."""
-        ids_TK = self.ids[self.step % len(self.ids)]
+        turn = self.step + self.step // POOL  # shifts, so that each of the alternating names meets every routing
+        ids_TK = self.ids[turn % len(self.ids)]
         return self.layers[name](self.x_TD, ids_TK, self.routing_TK)
 
     def run(self, name: str) -> None:

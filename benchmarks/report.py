@@ -161,11 +161,11 @@ def chart(results: Row, path: Path) -> Path:
             bars = axis.bar(left, heights, 0.8 / len(names), label=PEERS.get(name, "sail_ops"), color=f"C{n}")
             axis.bar_label(bars, fmt="%.0f", fontsize=7)
         axis.axhline(limit, color="black", linestyle="--", linewidth=1)
-        axis.annotate(f"{limit_name} {limit:.0f}", (len(cases) - 0.5, limit), ha="right", va="bottom", fontsize=8)
+        axis.annotate(f"{limit_name} {limit:.0f}", (-0.45, limit), va="bottom", fontsize=8)
         axis.set_xticks(range(len(cases)), [_tick(i["case"]) for i in cases], fontsize=8)
         axis.set_ylabel(unit)
         axis.set_ylim(0, 1.15 * limit)
-    axes[1].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.92))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle("Expert layer of Qwen3-30B-A3B (D 2048, F 768, E 128, K 8), bf16, uniform routing", fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
@@ -175,7 +175,7 @@ def chart(results: Row, path: Path) -> Path:
 def _tick(case: Row) -> str:
     if case["mode"] == "forward":
         return f"forward\nT={case['T']}"
-    return f"fwd+bwd T={case['T']}\ndW {GRADIENTS[case['gradients']]}"
+    return f"training T={case['T']}\ndW {GRADIENTS[case['gradients']]}".replace(", ", ",\n")
 
 
 def readme_block(results: Row, device: str) -> str:
@@ -224,11 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     head, _, rest = text.partition(START)
     updated = head + readme_block(results, README_DEVICE) + rest.partition(END)[2]
     if check:
-        print(
-            "README.md matches the results"
-            if updated == text
-            else "README.md is out of date: python -m benchmarks.report"
-        )
+        print(f"README.md {'matches' if updated == text else 'does not match'} {source.relative_to(ROOT)}")
         return int(updated != text)
     readme.write_text(updated)
     chart(results, source.with_suffix(".png"))
