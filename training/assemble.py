@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,10 @@ def encode_one(record: Record, processor: SailVL2Processor) -> Sample[Path]:
     prefix: tuple[int, ...] = ()
     branches = []
     for question, answer in record.questions:
-        asked = prompt_ids(question, processor)
-        answered = processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        asked, answered = prompt_ids(question, processor), answer_ids(answer, processor)
         start = asked.index(processor.tokenizer.convert_tokens_to_ids(IMAGE_END)) + 1
-        prefix = tuple(asked[:start])
-        branch = asked[start:] + answered
-        branches.append(Branch(tuple(branch), (IGNORE,) * (len(branch) - len(answered)) + tuple(answered)))
+        prefix, rest = asked[:start], asked[start:]
+        branches.append(Branch(rest + answered, (IGNORE,) * len(rest) + answered))
     return Sample(record.picture, prefix, tuple(branches))
 
 
@@ -135,11 +134,18 @@ def chat(question: str) -> list[dict[str, Any]]:
     return [{"role": "system", "content": ""}, {"role": "user", "content": user}]
 
 
-def prompt_ids(question: str, processor: SailVL2Processor) -> list[int]:
+@cache
+def prompt_ids(question: str, processor: SailVL2Processor) -> tuple[int, ...]:
     """Token ids of picture and question up to where the answer begins: those that `generate` is given."""
     prompt = processor.apply_chat_template(chat(question), add_generation_prompt=True)
     (expanded,) = processor.expand([prompt], [1])
-    return list(processor.tokenizer(expanded, add_special_tokens=False)["input_ids"])
+    return tuple(processor.tokenizer(expanded, add_special_tokens=False)["input_ids"])
+
+
+@cache
+def answer_ids(answer: str, processor: SailVL2Processor) -> tuple[int, ...]:
+    """Token ids of an answer and of the end of the turn."""
+    return tuple(processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"])
 
 
 def picture_reader(processor: SailVL2Processor) -> PictureReader:

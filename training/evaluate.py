@@ -53,9 +53,10 @@ def exact_match(
         batch = pack([[samples[number] for number in stream] for stream in mine[start : start + streams]], pad_id)
         pixels, _ = reader.fill(batch, blank=blank)
         correct_N = _correct_tokens(model, batch, pixels.to(model.dtype))
-        answers = _answer_of_each_label(batch)
-        right += int(torch.ones(answers.max() + 1).scatter_reduce(0, answers, correct_N.float(), "amin").sum())
-        asked += int(answers.max()) + 1
+        answer_N = _answer_of_each_label(batch)
+        answers = len(answer_N.unique())
+        right += int(torch.ones(answers).scatter_reduce(0, answer_N, correct_N.float(), "amin").sum())
+        asked += answers
     model.train()
     total_right, total_asked = sum_over_ranks([right, asked])
     return Accuracy(int(total_right), int(total_asked))

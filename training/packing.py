@@ -110,7 +110,8 @@ def plan_streams(lengths: Sequence[int], order: Iterable[int], capacity: int, bu
     """
     if buffer_size < 1:
         raise ValueError(f"plan_streams: buffer_size: got {buffer_size}, want at least 1")
-    waiting, streams = iter(order), []
+    waiting = iter(order)
+    streams: list[list[int]] = []
     buffer: list[int] = []
     while True:
         for number in waiting:

@@ -1,6 +1,5 @@
 """Recipes: everything that decides a training run, as plain data."""
 
-import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,8 +64,9 @@ FREE_ON_RESUME = ("save_every", "log_every")
 
 def resumed(saved: dict[str, Any], changes: dict[str, Any]) -> Recipe:
     """The recipe of a checkpoint with `changes`; InputError for a change that would bend the loss curve."""
-    known = {f.name for f in fields(Recipe)}
-    recipe = Recipe(**{name: value for name, value in saved.items() if name in known})
+    if unknown := saved.keys() - {entry.name for entry in fields(Recipe)}:
+        raise InputError(f"--resume: the checkpoint's recipe has unknown fields: {', '.join(sorted(unknown))}")
+    recipe = Recipe(**saved)
     for name, value in changes.items():
         if name not in FREE_ON_RESUME and value != getattr(recipe, name):
             raise InputError(
@@ -79,8 +79,3 @@ def resumed(saved: dict[str, Any], changes: dict[str, Any]) -> Recipe:
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise InputError(f"Recipe: {name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
-
-
-def dumps(recipe: Recipe) -> str:
-    """The recipe as JSON."""
-    return json.dumps(recipe.as_dict(), indent=1)

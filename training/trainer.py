@@ -115,8 +115,7 @@ class Trainer:
     def _train_step(self, watch: Watch) -> StepReport:
         micros = [self._batch(streams) for streams in self._next_micro_batches()]
         (labels,) = sum_over_ranks([float(sum(label_count(batch) for batch, *_ in micros))])
-        schedule = {"peak": self.recipe.lr, "warmup": self.recipe.warmup, "steps": self.recipe.steps}
-        lr = cosine_with_warmup(self.step, **schedule, floor=0.02 * self.recipe.lr)
+        lr = learning_rate(self.recipe, self.step)
         totals, counts, balances = [0.0] * 5, [], []
         for batch, pixels, skipped in micros:
             out = self.engine.forward(batch, pixels)
@@ -176,6 +175,11 @@ class Trainer:
             "skipped_pictures": report.skipped,
             **figures,
         }
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Warm-up, then a cosine down to 2% of the peak."""
+    return cosine_with_warmup(step, peak=recipe.lr, warmup=recipe.warmup, steps=recipe.steps, floor=0.02 * recipe.lr)
 
 
 def _mean(balance_M: Tensor) -> Tensor:

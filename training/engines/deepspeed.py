@@ -65,9 +65,8 @@ class DeepSpeedEngine:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases do not."""
-    matrices, vectors = [], []
-    for parameter in model.parameters():
-        (matrices if parameter.dim() > 1 else vectors).append(parameter)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
