@@ -63,6 +63,8 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.mlp1 = Projector(config)
         self.language_model = LanguageModel(config.text_config)
         self.post_init()
+        # An image token that the model wrote would have no features.
+        self.generation_config.suppress_tokens = [config.image_token_id]
 
     def forward(
         self,
@@ -84,7 +86,8 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids [B, L] int64; or inputs_embeds [B, L, D] instead, then without pictures.
         pixel_values [N, 3, image_size, image_size]: the tiles of all pictures of the batch, in the order in which their
             image tokens appear. Each tile fills `config.tokens_per_tile` positions holding `config.image_token_id`.
-        attention_mask [B, L] (with a cache: [B, past + L]), 1 = token, 0 = padding, on either side.
+        attention_mask [B, L] (with a cache: [B, past + L]), 1 = token, 0 = padding, on either side; or bool
+            [B, 1, L, past + L], True where a query may look, which leaves no token out of the routing statistics.
         position_ids [B, L]; by default they count from 0, or from the length of the cache.
         past_key_values: a transformers Cache, which is extended; with use_cache=True one is made where none is given.
         labels [B, L], aligned with input_ids: position i is predicted from i - 1; -100 is ignored. The first token of

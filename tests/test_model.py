@@ -142,6 +142,32 @@ def test_generate_samples_beams_and_static_cache() -> None:
     assert model.generate(**inputs, do_sample=True, num_return_sequences=2).shape == (2, greedy.shape[1])
 
 
+def test_image_tokens_are_never_generated(tmp_path: Path) -> None:
+    model = lively_model(tiny_config(False, tie_word_embeddings=True))
+    embeddings = model.get_input_embeddings().weight
+    embeddings.data[IMAGE] = 100 * embeddings.data[5]  # the likeliest or the least likely token of every step
+    for sign in (1, -1):
+        embeddings.data[IMAGE] *= sign
+        model.save_pretrained(tmp_path)
+        again = Model.from_pretrained(tmp_path)
+        ids = again.generate(input_ids=prompt(0, 6, 1)[None], max_new_tokens=8, do_sample=False, use_cache=False)
+        assert IMAGE not in ids
+    assert (again.generation_config.eos_token_id, again.generation_config.pad_token_id) == (EOS, PAD)
+
+
+def test_mask_of_one_s_own() -> None:
+    """A [B, 1, L, L] mask: here two prompts side by side, as a packed stream has them."""
+    model = lively_model(tiny_config(True))
+    ids = torch.cat([prompt(1, 6, 1), prompt(0, 9, 2)])[None]
+    sample = (torch.arange(19) >= 10).int()
+    mask = (sample[:, None] == sample[None]).tril()[None, None]
+    positions = torch.cat([torch.arange(10), torch.arange(9)])[None]
+    own = model(input_ids=ids, pixel_values=pixels(1), attention_mask=mask, position_ids=positions)
+    stream = model(input_ids=ids, pixel_values=pixels(1), cu_seqlens=torch.tensor([0, 10, 19]))
+    torch.testing.assert_close(own.logits, stream.logits)
+    assert torch.equal(own.counts_ME, stream.counts_ME)
+
+
 def test_cache_in_two_parts_equals_one() -> None:
     model, ids = lively_model(tiny_config(True)), prompt(1, 12, 1)[None]
     whole = model(input_ids=ids, pixel_values=pixels(1))
