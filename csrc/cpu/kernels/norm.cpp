@@ -85,12 +85,13 @@ template <class T, int N> void backward_rows(const RmsNormBackwardRows& in, int 
   const bool need_dx = in.dx[0], add = in.grad_sum[0];
   double* dw = in.dweight;
   for_vectors(in.D, [&](int64_t c, auto lanes) {
+    const vf wv = load(w + c, lanes);
     vf term[N];
     for (int i = 0; i < N; i++) {
       const vf gv = load(g[i] + c, lanes), xv = load(x[i] + c, lanes);
       term[i] = gv * (xv * r[i]);
       if (!need_dx) continue;
-      vf d = (load(w + c, lanes) * gv - xv * mean[i]) * r[i];
+      vf d = (wv * gv - xv * mean[i]) * r[i];
       if (add) d += load(grad_sum[i] + c, lanes);
       store(dx[i] + c, d, lanes);
     }

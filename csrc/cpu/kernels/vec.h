@@ -168,10 +168,16 @@ static inline float sum(vf v) {
 #endif
 }
 
-// exp(x), about 1 ulp; 0 below -87.3, inf above 88.7. Cody-Waite reduction, degree-6 polynomial.
+// exp(x), about 1 ulp; NaN for NaN, inf above 88.7, 0 below -87.3 (with AVX-512: subnormal down to -103.9).
+// Cody-Waite reduction by n = round(x / ln 2), degree-6 polynomial, times 2^n.
 static inline vf vexp(vf x) {
+#if defined(__AVX512F__)
+  // min and max return their second operand where one is NaN
+  const vf xc = _mm512_max_ps(set1(-104.f), _mm512_min_ps(set1(89.f), x));
+#else
   const vf hi = set1(88.72283f), lo = set1(-87.33654f);
   const vf xc = vmax(vmin(x, hi), lo);
+#endif
   const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf n = fma(xc, set1(1.44269504f), magic) - magic;
   vf r = fma(n, set1(-0.693359375f), xc);
@@ -183,12 +189,16 @@ static inline vf vexp(vf x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);  // overflows to inf, underflows to 0
+#else
   // 2^n in two factors, so that n = 128 does not overflow
   const vi ni = __builtin_convertvector(n, vi), half = ni >> 1, rest = ni - half;
   p = p * reinterpret_cast<vf>((half + 127) << 23) * reinterpret_cast<vf>((rest + 127) << 23);
   p = x < lo ? vf{} : p;
   p = x > hi ? set1(INFINITY) : p;
   return x != x ? x : p;
+#endif
 }
 
 static inline vf sigmoid(vf x) { return 1.f / (1.f + vexp(-x)); }

@@ -1,0 +1,55 @@
+"""Run in a process of its own on a library with changed kernels (test_mutation.py): prints which checks fail, as JSON.
+
+python mutation_checks.py avx2:rms_norm generic:swiglu ...
+"""
+
+import json
+import sys
+
+import torch
+
+import sail_ops
+from sail_ops import reference, testing
+
+
+def rms_norm(dtype: torch.dtype) -> None:
+    x = testing.random(37, 101, dtype=dtype, scale=1e-2).requires_grad_()
+    weight = testing.random(101, dtype=dtype, seed=2).requires_grad_()
+    testing.check_op(sail_ops.rms_norm, reference.rms_norm, x, weight, 1e-5)
+
+
+def add_rms_norm(dtype: torch.dtype) -> None:
+    x, residual = (testing.random(37, 101, dtype=dtype, seed=s).requires_grad_() for s in (0, 1))
+    weight = testing.random(101, dtype=dtype, seed=2).requires_grad_()
+    testing.check_op(sail_ops.add_rms_norm, reference.add_rms_norm, x, residual, weight)
+
+
+def swiglu(dtype: torch.dtype) -> None:
+    gate, up = (testing.random(37, 101, dtype=dtype, seed=s).requires_grad_() for s in (0, 1))
+    testing.check_op(sail_ops.swiglu, reference.swiglu, gate, up)
+
+
+def route_topk(dtype: torch.dtype) -> None:
+    logits = (testing.random(150, 40) * 4).round().div(4).to(dtype).requires_grad_()  # many ties
+    for renormalize in (False, True):
+        testing.check_op(sail_ops.route_topk, reference.route_topk, logits, 6, renormalize=renormalize)
+
+
+def route_nan(dtype: torch.dtype) -> None:
+    logits = torch.full((3, 40), float("nan"), dtype=dtype)
+    assert torch.equal(sail_ops.route_topk(logits, 6, renormalize=True).ids_TK, torch.arange(6).expand(3, 6))
+
+
+def run(isa: str, check: str) -> str:
+    """The first failure, or nothing."""
+    with testing.use_isa(isa):
+        for dtype in testing.DTYPES:
+            try:
+                globals()[check](dtype)
+            except AssertionError as e:
+                return f"{dtype}: {e or 'assertion'}"
+    return ""
+
+
+if __name__ == "__main__":
+    print(json.dumps({pair: run(*pair.split(":")) for pair in sys.argv[1:]}))

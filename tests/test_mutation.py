@@ -1,0 +1,118 @@
+"""Do the checks see a broken kernel? Each mutant changes one line of csrc/cpu/kernels and must fail its check.
+
+A mutant is compiled for one instruction set only, so that one library, and one process, holds as many mutants of a file
+as the machine has instruction sets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from native import KERNELS, compile_kernel, copy_sources, link_with, require_build
+
+from sail_ops import testing
+
+
+class Mutant(NamedTuple):
+    """In `file`, `old` becomes `new`; `source` is the kernel to compile again; `check` is of mutation_checks.py."""
+
+    check: str
+    source: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = {
+    "eps ignored": Mutant("rms_norm", "norm.cpp", "norm.cpp", " + static_cast<double>(eps)", ""),
+    "last columns dropped": Mutant("rms_norm", "norm.cpp", "loop.h", "if (c < n) body(c", "if (c < 0) body(c"),
+    "no mean term in dx": Mutant("rms_norm", "norm.cpp", "norm.cpp", " - xv * mean[i]", ""),
+    "a row missing in dweight": Mutant(
+        "rms_norm", "norm.cpp", "norm.cpp", "for (int i = 0; i < n; i++) term[i]", "for (int i = 1; i < n; i++) term[i]"
+    ),
+    "residual ignored": Mutant("add_rms_norm", "norm.cpp", "norm.cpp", " + load(residual + c, lanes)", ""),
+    "gradient of the sum ignored": Mutant("add_rms_norm", "norm.cpp", "norm.cpp", "if (add) d +=", "if (!dx[0]) d +="),
+    "gate and up swapped": Mutant(
+        "swiglu",
+        "activation.cpp",
+        "activation.cpp",
+        "g * sigmoid(g) * load(u + c, lanes)",
+        "g * sigmoid(load(u + c, lanes)) * load(u + c, lanes)",
+    ),
+    "derivative of sigmoid wrong": Mutant("swiglu", "activation.cpp", "activation.cpp", "g * (1.f - s))", "g)"),
+    "exp a thousandth off": Mutant("swiglu", "activation.cpp", "vec.h", "1.6666665459e-1f", "1.67e-1f"),
+    "ties to the higher id": Mutant(
+        "route_topk", "routing.cpp", "routing.cpp", "best[i] > best[v]", "best[i] >= best[v]"
+    ),
+    "renormalization not differentiated": Mutant(
+        "route_topk", "routing.cpp", "routing.cpp", "- dot) / total", ") / total"
+    ),
+    "gradient of prob_sum ignored": Mutant(
+        "route_topk", "routing.cpp", "routing.cpp", "row.grad_prob_sum ? load", "!row.ids ? load"
+    ),
+    "NaN below all": Mutant("route_nan", "routing.cpp", "routing.cpp", "vi{} + INT32_MAX", "vi{} + INT32_MIN"),
+}
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each mutant's check said; under "none:..." what it said of the library as it is."""
+    require_build()
+    pending = dict(MUTANTS)
+    found = {}
+    while pending:
+        batch = _next_batch(pending)
+        found |= _run_batch(tmp_path_factory.mktemp("mutants"), batch)
+    isa = testing.cpu_isas()[-1]
+    for pair, said in _checks({f"{isa}:{m.check}" for m in MUTANTS.values()}, None).items():
+        found[f"none:{pair.split(':')[1]}"] = said
+    return found
+
+
+def _next_batch(pending: dict[str, Mutant]) -> dict[str, tuple[str, Mutant]]:
+    """Takes mutants for one library: each has an instruction set of its own among those of its source."""
+    batch, used = {}, defaultdict(int)
+    isas = testing.cpu_isas()
+    for name, mutant in list(pending.items()):
+        if used[mutant.source] < len(isas):
+            batch[name] = isas[used[mutant.source]], mutant
+            used[mutant.source] += 1
+            del pending[name]
+    return batch
+
+
+def _run_batch(folder: Path, batch: dict[str, tuple[str, Mutant]]) -> dict[str, str]:
+    objects = {}
+    for i, (isa, mutant) in enumerate(batch.values()):
+        sources = copy_sources(folder / str(i))
+        changed = sources / KERNELS / mutant.file
+        text = changed.read_text()
+        assert text.count(mutant.old) == 1, f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times"
+        changed.write_text(text.replace(mutant.old, mutant.new))
+        objects[mutant.source, isa] = folder / f"{i}.o"
+        compile_kernel(sources / KERNELS / mutant.source, isa, folder / f"{i}.o")
+    link_with(objects, folder / "libsail_ops_cpu.so")
+    said = _checks({f"{isa}:{m.check}" for isa, m in batch.values()}, folder)
+    return {name: said[f"{isa}:{m.check}"] for name, (isa, m) in batch.items()}
+
+
+def _checks(pairs: set[str], library: Path | None) -> dict[str, str]:
+    environment = os.environ | ({"SAIL_OPS_LIBRARY_DIR": str(library)} if library else {})
+    script = Path(__file__).with_name("mutation_checks.py")
+    command = [sys.executable, str(script), *sorted(pairs)]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_fails(failures: dict[str, str], name: str) -> None:
+    assert failures[name]
+
+
+@pytest.mark.parametrize("check", sorted({m.check for m in MUTANTS.values()}))
+def test_checks_pass_on_the_library_as_it_is(failures: dict[str, str], check: str) -> None:
+    assert not failures[f"none:{check}"]
