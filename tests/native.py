@@ -1,4 +1,4 @@
-"""Compiles sources for one instruction set, with the very commands of the build, for tests that look inside the library.
+"""Compiles sources for one instruction set, with the commands of the build, for tests that look inside the library.
 
 The build folder stays after `pip install -e .`; SAIL_OPS_BUILD_DIR names another one.
 """

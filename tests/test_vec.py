@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-from pathlib import Path
 
 import pytest
 import torch
