@@ -1,4 +1,13 @@
-"""SAIL-VL2 on `sail_ops`, in Hugging Face's conventions: the Auto classes know it once this package is imported."""
+"""SAIL-VL2 on `sail_ops`, in Hugging Face's conventions: the Auto classes know it once this package is imported.
+
+model, processor = (cls.from_pretrained(folder) for cls in (SailVL2ForConditionalGeneration, SailVL2Processor))
+parts = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True
+)
+ids = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(ids, skip_special_tokens=True))
+"""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 

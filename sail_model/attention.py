@@ -30,7 +30,7 @@ def packed_positions(cu_seqlens: Tensor) -> Tensor:
 
 
 def packed_layout(cu_seqlens: Tensor) -> PackedLayout:
-    """Group the samples of a stream by length, rounded up to a power of two: padding less than doubles any sample.
+    """Group the samples of a stream by length, rounded up to a power of two: padding at most doubles a sample.
 
     Padding keys come after every real query of their sample, so causal attention never reads them and no mask is
     needed. A pad position repeats the sample's last token; its output is dropped, its gradient is zero.

@@ -21,7 +21,7 @@ IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 PAD, TURN_END = "<|endoftext|>", "<|im_end|>"
 QWEN_ENTRIES = 151643
 
-# In the order of their ids. Those of the first line and from <img> on are special: left out of decoded text.
+# In the order of their ids; all but the plain ones are special: `skip_special_tokens` leaves them out of the text.
 _SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>"
     " <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
