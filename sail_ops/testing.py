@@ -5,7 +5,7 @@ worst element and for every row. `check_op` applies it to every output and every
 There are no literal tolerances.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -75,11 +75,15 @@ def random_ids(case: ExpertsCase, seed: int = 0) -> Tensor:
 
 
 # ---- the accuracy rule
-def assert_accurate(out: Tensor, ref: Tensor, base: Tensor, k: float = 2.0, name: str = "result") -> None:
+def assert_accurate(
+    out: Tensor, ref: Tensor, base: Tensor, k: float = 2.0, name: str = "result", pool: int = 1
+) -> None:
     """max|out - ref| <= k max|base - ref|, and the same for the RMS of every row.
 
     `ref` is fp64, `base` eager PyTorch in out's dtype. Both conditions, because each is blind to bugs that the other
     sees. A base that is exact by chance counts as having the error of one rounding. Non-finite values always fail.
+    pool: rows that are judged together, where the elements of one share an error: a weight's gradient from one token
+    is an outer product, each row as far off as one number.
     """
     assert out.shape == ref.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     assert out.dtype == base.dtype, f"{name}: {out.dtype}, expected {base.dtype}"
@@ -94,7 +98,9 @@ def assert_accurate(out: Tensor, ref: Tensor, base: Tensor, k: float = 2.0, name
     err, err_base = (out.detach().double() - ref).abs(), (base.detach().double() - ref).abs()
     worst, budget = err.max(), k * torch.maximum(err_base.max(), worst_floor * ref.abs().max())
     assert worst <= budget, f"{name}: worst element is {worst:.3e} off, budget {budget:.3e}"
-    row_err, row_budget = _row_rms(err), k * torch.maximum(_row_rms(err_base), floor * _row_rms(ref))
+    block = max(MIN_ROW, pool * ref.shape[-1] if ref.dim() else 1)
+    row_err, row_base, row_ref = (_row_rms(t, block) for t in (err, err_base, ref))
+    row_budget = k * torch.maximum(row_base, floor * row_ref)
     bad = (row_err > row_budget).nonzero().flatten()
     assert not bad.numel(), (
         f"{name}: {len(bad)} of {len(row_err)} rows over budget, "
@@ -102,14 +108,14 @@ def assert_accurate(out: Tensor, ref: Tensor, base: Tensor, k: float = 2.0, name
     )
 
 
-def _row_rms(t: Tensor) -> Tensor:
-    """RMS of every row; rows shorter than MIN_ROW are pooled into blocks of MIN_ROW elements, the last overlapping."""
-    if t.dim() and t.shape[-1] >= MIN_ROW:
+def _row_rms(t: Tensor, block: int) -> Tensor:
+    """RMS of every row of at least `block` elements; shorter ones are pooled into such blocks, the last overlapping."""
+    if t.dim() and t.shape[-1] >= block:
         rows = t.reshape(-1, t.shape[-1])
-    elif t.numel() >= MIN_ROW:
+    elif t.numel() >= block:
         flat = t.reshape(-1)
-        whole = flat[: flat.numel() // MIN_ROW * MIN_ROW].reshape(-1, MIN_ROW)
-        rows = torch.cat([whole, flat[-MIN_ROW:].reshape(1, -1)])
+        whole = flat[: flat.numel() // block * block].reshape(-1, block)
+        rows = torch.cat([whole, flat[-block:].reshape(1, -1)])
     else:
         rows = t.reshape(1, -1)
     return rows.square().mean(-1).sqrt()
@@ -121,12 +127,14 @@ def check_op(
     *args: Any,
     base: Callable[..., Any] | None = None,
     k: float = 2.0,
+    pool: Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> None:
     """Holds op(*args, **kwargs) to the accuracy rule: every output, and the gradient of every input that requires one.
 
     `reference` runs on the same values in fp64; `base` (default: `reference`) in the given dtypes. Tensors may be
     nested in tuples and keyword arguments. Integer outputs must be equal to those of the fp64 run.
+    `pool`: by the input's name ("args[1]", "kwargs['scale']"), how many rows of its gradient are judged together.
     """
     got = run(op, *args, **kwargs)
     wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _double, (args, kwargs))
@@ -143,7 +151,7 @@ def check_op(
             assert grad is None or not grad.any(), f"gradient of {name}: the result does not depend on it"
         else:
             assert grad is not None and grad_base is not None, f"gradient of {name}: missing"
-            assert_accurate(grad, ref, grad_base, k, f"gradient of {name}")
+            assert_accurate(grad, ref, grad_base, k, f"gradient of {name}", (pool or {}).get(name, 1))
 
 
 class Run(NamedTuple):
@@ -162,8 +170,9 @@ def run(fn: Callable[..., Any], *args: Any, upstream: list[Tensor | None] | None
             random(*o.shape, dtype=o.dtype, seed=1 + i) if o.requires_grad else None for i, o in enumerate(outputs)
         ]
     inputs = {
-        pytree.keystr(path): leaf
-        for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]
+        kind + pytree.keystr(path): leaf
+        for kind, tree in (("args", args), ("kwargs", kwargs))
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]
         if isinstance(leaf, Tensor) and leaf.requires_grad
     }
     grads: tuple[Tensor | None, ...] = ()
