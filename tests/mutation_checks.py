@@ -40,6 +40,17 @@ def route_nan(dtype: torch.dtype) -> None:
     assert torch.equal(sail_ops.route_topk(logits, 6, renormalize=True).ids_TK, torch.arange(6).expand(3, 6))
 
 
+def fused_experts(dtype: torch.dtype) -> None:
+    case = testing.EXPERTS_CASES["odd"]
+    x = testing.random(case.T, case.D, dtype=dtype).requires_grad_()
+    gate_up = testing.random(case.E, 2 * case.F, case.D, dtype=dtype, scale=case.D**-0.5, seed=1).requires_grad_()
+    down = testing.random(case.E, case.D, case.F, dtype=dtype, scale=case.F**-0.5, seed=2).requires_grad_()
+    weights = testing.random(case.T, case.K, seed=3).sigmoid().requires_grad_()
+    args = x, gate_up, down, testing.random_ids(case), weights
+    pool = {"args[1]": 64, "args[2]": 64}
+    testing.check_op(sail_ops.fused_experts, reference.fused_experts, *args, pool=pool)
+
+
 def run(isa: str, check: str) -> str:
     """The first failure, or nothing."""
     with testing.use_isa(isa):

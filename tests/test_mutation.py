@@ -1,14 +1,14 @@
 """Do the checks see a broken kernel? Each mutant changes one line of csrc/cpu/kernels and must fail its check.
 
-A mutant is compiled for one instruction set only, so that one library, and one process, holds as many mutants of a file
-as the machine has instruction sets.
+A mutant is compiled for one instruction set only, so that one library, and one process, holds as many mutants of a
+kernel as the machine has instruction sets.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ import pytest
 from native import KERNELS, compile_kernel, copy_sources, link_with, require_build
 
 from sail_ops import testing
+
+pytestmark = pytest.mark.slow
 
 
 class Mutant(NamedTuple):
@@ -55,6 +57,19 @@ MUTANTS = {
     "gradient of prob_sum ignored": Mutant(
         "route_topk", "routing.cpp", "routing.cpp", "row.grad_prob_sum ? load", "!row.ids ? load"
     ),
+    "routing weights ignored": Mutant(
+        "fused_experts", "experts.cpp", "experts.cpp", "fma(v, set1(weight[k]), acc)", "acc + v"
+    ),
+    "an expert of each token dropped": Mutant(
+        "fused_experts", "experts.cpp", "experts.cpp", "for (int64_t k = 0; k < K", "for (int64_t k = 1; k < K"
+    ),
+    "routing weights' gradient wrong": Mutant(
+        "fused_experts", "experts.cpp", "experts.cpp", "fma(da, act * u, dot)", "fma(da, act, dot)"
+    ),
+    "up gets the gradient of gate": Mutant(
+        "fused_experts", "experts.cpp", "experts.cpp", "u0 < lo ? vf{} : d * act", "u0 < lo ? vf{} : d * u * slope"
+    ),
+    "end of the dot product dropped": Mutant("fused_experts", "gemm.cpp", "gemm_dot.h", "if (k < K) {", "if (k < 0) {"),
     "NaN below all": Mutant("route_nan", "routing.cpp", "routing.cpp", "vi{} + INT32_MAX", "vi{} + INT32_MIN"),
 }
 
@@ -75,30 +90,35 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _next_batch(pending: dict[str, Mutant]) -> dict[str, tuple[str, Mutant]]:
-    """Takes mutants for one library: each has an instruction set of its own among those of its source."""
-    batch, used = {}, defaultdict(int)
-    isas = testing.cpu_isas()
+    """Takes mutants for one library: no two share an instruction set and a source, or a check."""
+    batch: dict[str, tuple[str, Mutant]] = {}
+    taken: set[tuple[str, str]] = set()
     for name, mutant in list(pending.items()):
-        if used[mutant.source] < len(isas):
-            batch[name] = isas[used[mutant.source]], mutant
-            used[mutant.source] += 1
-            del pending[name]
+        for isa in testing.cpu_isas():
+            slots = {(isa, mutant.source), (isa, mutant.check)}
+            if not slots & taken:
+                taken |= slots
+                batch[name] = isa, pending.pop(name)
+                break
     return batch
 
 
 def _run_batch(folder: Path, batch: dict[str, tuple[str, Mutant]]) -> dict[str, str]:
-    objects = {}
-    for i, (isa, mutant) in enumerate(batch.values()):
-        sources = copy_sources(folder / str(i))
-        changed = sources / KERNELS / mutant.file
-        text = changed.read_text()
-        assert text.count(mutant.old) == 1, f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times"
-        changed.write_text(text.replace(mutant.old, mutant.new))
-        objects[mutant.source, isa] = folder / f"{i}.o"
-        compile_kernel(sources / KERNELS / mutant.source, isa, folder / f"{i}.o")
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        compiled = threads.map(lambda i, b: _compile(folder / str(i), *b), range(len(batch)), batch.values())
+        objects = {(mutant.source, isa): path for (isa, mutant), path in zip(batch.values(), compiled, strict=True)}
     link_with(objects, folder / "libsail_ops_cpu.so")
     said = _checks({f"{isa}:{m.check}" for isa, m in batch.values()}, folder)
     return {name: said[f"{isa}:{m.check}"] for name, (isa, m) in batch.items()}
+
+
+def _compile(folder: Path, isa: str, mutant: Mutant) -> Path:
+    changed = copy_sources(folder) / KERNELS / mutant.file
+    text = changed.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times"
+    changed.write_text(text.replace(mutant.old, mutant.new))
+    compile_kernel(folder / KERNELS / mutant.source, isa, folder / "mutant.o")
+    return folder / "mutant.o"
 
 
 def _checks(pairs: set[str], library: Path | None) -> dict[str, str]:
