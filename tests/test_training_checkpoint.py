@@ -168,6 +168,14 @@ def test_a_run_folder_is_not_written_over(tmp_path: Path) -> None:
         read("--out", str(tmp_path))
 
 
+def test_the_default_folder_is_the_next_free_one(tmp_path: Path) -> None:
+    made = cli.parser("training", "", out=str(tmp_path / "run"))
+    assert cli.read(made, [])[1] == tmp_path / "run"
+    publish(tmp_path / "run" / "checkpoints", 1)
+    publish(tmp_path / "run-2" / "checkpoints", 1)
+    assert cli.read(made, [])[1] == tmp_path / "run-3"
+
+
 def test_unknown_fields_of_a_checkpoint_are_an_error() -> None:
     with pytest.raises(InputError, match="--resume: .*colour"):
         resumed({**Recipe().as_dict(), "colour": 1}, {})

@@ -21,7 +21,12 @@ def parser(program: str, description: str, out: str) -> argparse.ArgumentParser:
         prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.set_defaults(default_out=Path(out))
-    made.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the run (default: {out}, or the resumed run)")
+    made.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of the run (default: the next free of {out}, {out}-2, ..., or the resumed run)",
+    )
     made.add_argument(
         "--resume", type=Path, metavar="DIR", help="go on from this checkpoint, or the latest of this run"
     )
@@ -54,13 +59,29 @@ def read(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Recip
         start = checkpoint.resolve(given.resume)
         state = checkpoint.read_state(start)
         checkpoint.check_world(start, state, int(os.environ.get("WORLD_SIZE", "1")))
-        return resumed(state["recipe"], changes), given.out or start.parent.parent, start
-    out = given.out or given.default_out
-    if (out / checkpoint.FOLDER).exists():
+        out = given.out or start.parent.parent
+        if out.resolve() != start.parent.parent.resolve() and _holds_a_run(out):
+            raise InputError(f"--out: {out}: holds checkpoints of another run; give a new folder, or none")
+        return resumed(state["recipe"], changes), out, start
+    out = given.out or _unused(given.default_out)
+    if _holds_a_run(out):
         raise InputError(f"--out: {out}: holds checkpoints; give --resume {out} or another --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out}: is a file, want a folder")
     return Recipe(**changes), out, None
+
+
+def _unused(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... where no run is."""
+    number, path = 1, folder
+    while _holds_a_run(path):
+        number += 1
+        path = folder.with_name(f"{folder.name}-{number}")
+    return path
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return (folder / checkpoint.FOLDER).exists()
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
