@@ -1,5 +1,5 @@
-// Bare grouped GEMM on the CPU: y[r] = x[r] @ w[e] for the rows of expert e. A weight [E, k, n] may be contiguous along n
-// or, as the transposed view of an [E, n, k] parameter, along k; neither is copied.
+// Bare grouped GEMM on the CPU: y[r] = x[r] @ w[e] for the rows of expert e. A weight [E, k, n] may be contiguous along
+// n or, as the transposed view of an [E, n, k] parameter, along k; neither is copied.
 #include <tuple>
 
 #include "moe_layer.h"
@@ -14,7 +14,7 @@ struct Problem {
   std::vector<int32_t> offsets;  // [E + 1]
   const Tensor &x, &w;
   bool k_contiguous;  // w's last stride belongs to k
-  int64_t ldw;        // stride of the other of k and n
+  int64_t ldw;  // stride of the other of k and n
 
   const char* x_row(int64_t r) const { return x.ptr<const char>() + r * x.stride(0) * bytes; }
   const char* weight(int64_t e) const { return w.ptr<const char>() + e * w.stride(0) * bytes; }
@@ -27,7 +27,8 @@ Problem check_problem(const Check& c, const Tensor& x, const Tensor& w, const Te
   c.dtype("w", w, x.dtype());
   c.same_device("w", w, x);
   Problem p{dt, dt == DType::f32 ? 4 : 2, x.size(0), x.size(1), w.size(2), w.size(0), {0}, x, w, false, 0};
-  c.that(w.size(1) == p.k, "w", "shape " + shape_text(w), "[E, " + std::to_string(p.k) + ", n], x has k = " + std::to_string(p.k));
+  c.that(w.size(1) == p.k, "w", "shape " + shape_text(w),
+         "[E, " + std::to_string(p.k) + ", n], x has k = " + std::to_string(p.k));
   c.positive("x", "k", p.k);
   c.positive("w", "n", p.n);
   c.positive("w", "E", p.E);
@@ -52,7 +53,8 @@ std::vector<Task> row_tasks(const Problem& p, int64_t columns, int64_t row_bytes
 }
 
 // out[r] = a[r] . B, B = w's expert read as [k, n] (`transposed` false) or as [n, k]; out has `columns` of them
-void multiply(const Problem& p, const char* a, int64_t a_row_bytes, int64_t depth, int64_t columns, bool transposed, char* out) {
+void multiply(const Problem& p, const char* a, int64_t a_row_bytes, int64_t depth, int64_t columns, bool transposed,
+              char* out) {
   const int dt = static_cast<int>(p.dtype);
   const bool dot = p.k_contiguous != transposed;  // the weight is contiguous along the sum
   run_tasks(row_tasks(p, columns, depth * p.bytes), num_threads(), kOuterRows * kColumns * 4 + kOuterScratch,
@@ -100,8 +102,8 @@ Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> grouped_mm_backward(const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& offsets,
-                                               bool need_x, bool need_w) {
+std::tuple<Tensor, Tensor> grouped_mm_backward(const Tensor& dy, const Tensor& x, const Tensor& w,
+                                               const Tensor& offsets, bool need_x, bool need_w) {
   const Check c("grouped_mm_backward");
   const Problem p = check_problem(c, x, w, offsets);
   c.dtype("dy", dy, x.dtype());
@@ -119,7 +121,8 @@ std::tuple<Tensor, Tensor> grouped_mm_backward(const Tensor& dy, const Tensor& x
   return {std::move(dx), std::move(dw)};
 }
 
-const auto library =
-    Library::impl("sail_ops", "CPU").kernel<grouped_mm>("grouped_mm").kernel<grouped_mm_backward>("grouped_mm_backward");
+const auto library = Library::impl("sail_ops", "CPU")
+                         .kernel<grouped_mm>("grouped_mm")
+                         .kernel<grouped_mm_backward>("grouped_mm_backward");
 }  // namespace
 }  // namespace sail::cpu

@@ -88,7 +88,8 @@ Rows route(const Check& c, const Tensor& ids, const Tensor& weights, const Tenso
   c.shape("weights", weights, {T, K});
   c.same_device("ids", ids, x);
   check_weights_dtype(c, weights, x);
-  c.that(T * K <= INT32_MAX, "ids", std::to_string(T * K) + " routed rows", "at most 2147483647, what an int32 indexes");
+  c.that(T * K <= INT32_MAX, "ids", std::to_string(T * K) + " routed rows",
+         "at most 2147483647, what an int32 indexes");
   const bool wide = c.is_int64("ids", ids);
   const auto id = [&](int64_t t, int64_t k) {
     const int64_t at = t * ids.stride(0) + k * ids.stride(1);
@@ -140,9 +141,9 @@ Tensor saved_h(const Layer& l, const Tensor& x, int64_t rows, bool save) {
   return h;
 }
 
-std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& gate_up, const OptTensor& up, const Tensor& down,
-                                         const Tensor& ids, const Tensor& weights, const OptTensor& gate_up_bias,
-                                         const OptTensor& down_bias, int64_t activation,
+std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& gate_up, const OptTensor& up,
+                                         const Tensor& down, const Tensor& ids, const Tensor& weights,
+                                         const OptTensor& gate_up_bias, const OptTensor& down_bias, int64_t activation,
                                          const std::optional<double>& clamp, bool save_h) {
   const Check c("fused_experts");
   const Layer l = check_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
@@ -154,8 +155,8 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& gate_up,
 
 std::tuple<Tensor, Tensor> grouped_experts(const Tensor& x, const Tensor& gate_up, const OptTensor& up,
                                            const Tensor& down, const Tensor& offsets, const OptTensor& weights,
-                                           const OptTensor& gate_up_bias, const OptTensor& down_bias, int64_t activation,
-                                           const std::optional<double>& clamp, bool save_h) {
+                                           const OptTensor& gate_up_bias, const OptTensor& down_bias,
+                                           int64_t activation, const std::optional<double>& clamp, bool save_h) {
   const Check c("grouped_experts");
   const Layer l = check_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
   const Rows rows = sorted_rows(c, offsets, weights, x, l.E);
@@ -177,8 +178,8 @@ WeightGrad check_main_grad(const Check& c, const char* name, const Tensor& buffe
 }
 
 Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, const Weights& w, const Tensor& dy,
-               const Tensor& x, const Tensor& h, int64_t needs, const OptTensor& main_gate_up,
-               const OptTensor& main_up, const OptTensor& main_down) {
+               const Tensor& x, const Tensor& h, int64_t needs, const OptTensor& main_gate_up, const OptTensor& main_up,
+               const OptTensor& main_down) {
   c.dtype("dy", dy, x.dtype());
   c.shape("dy", dy, {l.T, l.D});
   c.contiguous("dy", dy);
@@ -214,7 +215,9 @@ Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, co
   }
 
   const int32_t f32 = aoti_torch_dtype_float32();
-  Tensor dweights = !wanted(kNeedWeights) ? x.empty({0}, f32) : sorted ? x.empty({l.T}, f32) : x.empty({l.T, rows.K}, f32);
+  Tensor dweights = !wanted(kNeedWeights) ? x.empty({0}, f32)
+                    : sorted              ? x.empty({l.T}, f32)
+                                          : x.empty({l.T, rows.K}, f32);
   std::vector<float> by_row(rows.count());
   if (wanted(kNeedWeights)) g.weight = by_row.data();
   Tensor dgate_up_bias = wanted(kNeedGateUpBias) ? x.empty({l.E, 2 * l.F}, dt) : none();
@@ -229,8 +232,8 @@ Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, co
     std::fill(out, out + dweights.numel(), 0.f);  // dropped ids and tail rows
     for (int64_t r = 0; r < rows.count(); r++) out[rows.flat[r]] = by_row[r];
   }
-  return {std::move(dx), std::move(dgate_up), std::move(dup), std::move(ddown), std::move(dweights),
-          std::move(dgate_up_bias), std::move(ddown_bias)};
+  return {std::move(dx),       std::move(dgate_up),      std::move(dup),       std::move(ddown),
+          std::move(dweights), std::move(dgate_up_bias), std::move(ddown_bias)};
 }
 
 Grads fused_experts_backward(const Tensor& dy, const Tensor& x, const Tensor& gate_up, const OptTensor& up,

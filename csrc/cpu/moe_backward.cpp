@@ -1,7 +1,8 @@
 // Backward of the expert layer, in two passes over the experts:
 //   1  dA = dY . down, and from it and the pre-activation: dH, the weighted activation, the routing weights' gradient
 //   2  dX = dH . gate_up,  dgate_up = dH^T . X,  ddown = dY^T . (weight * A), and the biases' column sums
-// Expert outputs are neither stored nor computed again. Pass 2 mixes tasks bound by arithmetic with tasks bound by memory.
+// Expert outputs are neither stored nor computed again. Pass 2 mixes tasks bound by arithmetic with tasks bound by
+// memory.
 #include "moe.h"
 
 namespace sail::cpu {
@@ -36,7 +37,8 @@ struct Pass {
 // scratch: dA [M, columns] fp32, outer_gemm's own, and for a forgotten pre-activation one block of h and its products
 int64_t activation_scratch(const Layer& l) {
   const int64_t columns = std::min(l.F, kBlockColumns);
-  return kOuterRows * columns * 4 + kOuterScratch + kOuterRows * kActivationColumns * 2 * 4 + kOuterRows * 2 * l.F * l.bytes;
+  return kOuterRows * columns * 4 + kOuterScratch + kOuterRows * kActivationColumns * 2 * 4 +
+         kOuterRows * 2 * l.F * l.bytes;
 }
 
 void Pass::activations(const Task& t, char* scratch) const {
@@ -59,9 +61,9 @@ void Pass::activations(const Task& t, char* scratch) const {
   }
   float* dots = const_cast<float*>(dot.data()) + t.n0 / kBlockColumns * rows.count() + t.m0;
   const int64_t at = t.n0 * l.bytes;
-  expert_kernels().gated_backward[dt]({da, n, M, n, h_rows + at, h_rows + l.F * l.bytes + at, 2 * l.F, l.activation, l.clamp,
-                                       rows.weight.data() + t.m0, dh_row(t.m0, 0) + at, dh_row(t.m0, 1) + at, 2 * l.F,
-                                       a_weighted.get() + (t.m0 * l.F + t.n0) * l.bytes, l.F, dots});
+  expert_kernels().gated_backward[dt]({da, n, M, n, h_rows + at, h_rows + l.F * l.bytes + at, 2 * l.F, l.activation,
+                                       l.clamp, rows.weight.data() + t.m0, dh_row(t.m0, 0) + at, dh_row(t.m0, 1) + at,
+                                       2 * l.F, a_weighted.get() + (t.m0 * l.F + t.n0) * l.bytes, l.F, dots});
 }
 
 void Pass::dx(const Task& t, char* scratch) const {
@@ -74,8 +76,7 @@ void Pass::dx(const Task& t, char* scratch) const {
     gemm_kernels().outer_gemm[dt](
         {dh_rows, weight, l.D, M, n, l.F, c, n, which == 1, scratch + kOuterRows * kBlockColumns * 4});
   }
-  expert_kernels().store_rows[dt](
-      {c, n, M, n, nullptr, nullptr, dx_rows + (t.m0 * l.D + t.n0) * l.bytes, l.D});
+  expert_kernels().store_rows[dt]({c, n, M, n, nullptr, nullptr, dx_rows + (t.m0 * l.D + t.n0) * l.bytes, l.D});
 }
 
 // dgate, dup: O[F, D] = dH^T . X;  ddown: O[D, F] = dY^T . (weight * A). m0 .. m1 are rows of O.
@@ -85,7 +86,8 @@ void Pass::wgrad(const Task& t, char* scratch) const {
   const int64_t N = down ? l.F : l.D;
   const WeightGrad& as = down ? g.down_as : g.gate_up_as;
   const int64_t out_bytes = as.fp32 ? 4 : l.bytes;
-  char* out = (down ? g.down + t.e * l.D * l.F * out_bytes : g.gate_up.half(t.kind == kDup, t.e)) + t.m0 * N * out_bytes;
+  char* out =
+      (down ? g.down + t.e * l.D * l.F * out_bytes : g.gate_up.half(t.kind == kDup, t.e)) + t.m0 * N * out_bytes;
   std::vector<const void*> a_rows(R), b_rows(R);
   for (int64_t r = 0; r < R; r++) {
     a_rows[r] = down ? dy_row(r0 + r) : dh_row(r0 + r, t.kind == kDup);
@@ -136,13 +138,15 @@ int64_t second_scratch(const Pass& p) {
 }
 }  // namespace
 
-void experts_backward(const Layer& l, const Rows& rows, bool sorted, const char* dy, const char* h, const Gradients& g) {
+void experts_backward(const Layer& l, const Rows& rows, bool sorted, const char* dy, const char* h,
+                      const Gradients& g) {
   Pass p{l, rows, dy, h, g, sorted};
   std::vector<Task> first;
   for (int32_t e = 0; e < l.E; e++)
     for (int64_t n0 = 0; n0 < l.F; n0 += kBlockColumns)
-      for_pieces(rows.offsets[e], rows.offsets[e + 1], kOuterRows,
-                 [&](int64_t m0, int64_t m1) { first.push_back({0, e, m0, m1, n0, std::min(n0 + kBlockColumns, l.F)}); });
+      for_pieces(rows.offsets[e], rows.offsets[e + 1], kOuterRows, [&](int64_t m0, int64_t m1) {
+        first.push_back({0, e, m0, m1, n0, std::min(n0 + kBlockColumns, l.F)});
+      });
   run_tasks(first, l.threads, activation_scratch(l), [&](const Task& t, char* scratch) { p.activations(t, scratch); });
 
   run_tasks(second_tasks(p), l.threads, second_scratch(p), [&](const Task& t, char* scratch) {

@@ -64,9 +64,7 @@ template <class F> void for_pieces(int64_t begin, int64_t end, int64_t most, F&&
 }
 
 // Rows of a block whose operand of `row_bytes` a row stays in half the second-level cache (1 MB on Zen 4).
-inline int64_t block_rows(int64_t row_bytes) {
-  return std::clamp<int64_t>((512 << 10) / row_bytes, 16, kOuterRows);
-}
+inline int64_t block_rows(int64_t row_bytes) { return std::clamp<int64_t>((512 << 10) / row_bytes, 16, kOuterRows); }
 
 // ---- weight gradients, shared with grouped_mm
 constexpr int64_t kWgradScratch = 1536 << 10;  // packed operands of one task
@@ -75,16 +73,17 @@ constexpr int64_t kWgradScratch = 1536 << 10;  // packed operands of one task
 inline int64_t wgrad_rows(int64_t R) { return std::clamp<int64_t>((1 << 20) / (4 * (R + 1)) - 64, 12, 384); }
 
 // out[m] (+)= sum_r a_rows[r][m0 + m] * b_rows[r][:], m < M; an expert without rows has an exact zero gradient.
-inline void wgrad_block(DType dtype, bool fp32, const std::vector<const void*>& a_rows, const std::vector<const void*>& b_rows,
-                        int64_t m0, int64_t M, int64_t N, char* out, Output mode, void* scratch) {
+inline void wgrad_block(DType dtype, bool fp32, const std::vector<const void*>& a_rows,
+                        const std::vector<const void*>& b_rows, int64_t m0, int64_t M, int64_t N, char* out,
+                        Output mode, void* scratch) {
   const int64_t R = static_cast<int64_t>(a_rows.size());
   if (R == 0) {
     if (mode == Output::overwrite) std::fill(out, out + M * N * (fp32 || dtype == DType::f32 ? 4 : 2), 0);
     return;
   }
   const auto& table = fp32 ? gemm_kernels().wgrad_gemm_f32 : gemm_kernels().wgrad_gemm;
-  table[static_cast<int>(dtype)]({a_rows.data(), b_rows.data(), R, m0, M, N, out, N, mode, scratch,
-                                  std::max(kWgradScratch, wgrad_scratch(R, M))});
+  table[static_cast<int>(dtype)](
+      {a_rows.data(), b_rows.data(), R, m0, M, N, out, N, mode, scratch, std::max(kWgradScratch, wgrad_scratch(R, M))});
 }
 
 // int32 cumulative ends [E] as offsets [E + 1]
@@ -104,8 +103,8 @@ inline std::vector<int32_t> check_offsets(const Check& c, const Tensor& offsets,
   return all;
 }
 
-// Runs body(task, scratch of this thread) over all tasks; each output belongs to one task, so the result does not depend
-// on which thread takes it.
+// Runs body(task, scratch of this thread) over all tasks; each output belongs to one task, so the result does not
+// depend on which thread takes it.
 template <class Body> void run_tasks(const std::vector<Task>& tasks, int threads, int64_t scratch_bytes, Body&& body) {
   const int64_t count = static_cast<int64_t>(tasks.size());
   threads = static_cast<int>(std::min<int64_t>(threads, count));

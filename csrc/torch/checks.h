@@ -1,5 +1,5 @@
-// Argument checks of every host function: a failed one throws std::invalid_argument (ValueError in Python) whose message
-// names the op, the argument, what was given and what is wanted.
+// Argument checks of every host function: a failed one throws std::invalid_argument (ValueError in Python) whose
+// message names the op, the argument, what was given and what is wanted.
 #pragma once
 #include "stable_abi.h"
 
@@ -29,7 +29,8 @@ class Check {
   explicit Check(const char* op) : op_(op) {}
 
   [[noreturn]] void fail(const std::string& arg, const std::string& given, const std::string& wanted) const {
-    throw std::invalid_argument("sail_ops." + std::string(op_) + ": " + arg + ": got " + given + ", expected " + wanted);
+    throw std::invalid_argument("sail_ops." + std::string(op_) + ": " + arg + ": got " + given + ", expected " +
+                                wanted);
   }
   void that(bool good, const char* arg, const std::string& given, const std::string& wanted) const {
     if (!good) fail(arg, given, wanted);

@@ -7,36 +7,44 @@ const auto schemas =
     sail::Library::def("sail_ops")
         // ---- experts: moe.cpp, grouped_mm.cpp. `needs` is a bit mask of the wanted gradients (sail_ops/moe.py);
         // an unwanted one comes back as an empty tensor. h is the pre-activation, empty if it was not saved.
-        .schema("fused_experts(Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor ids, Tensor weights,"
-                " Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp, bool save_h)"
-                " -> (Tensor y, Tensor h)")
-        .schema("fused_experts_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor ids,"
-                " Tensor weights, Tensor h, Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp,"
-                " int needs, Tensor(a!)? main_gate_up, Tensor(b!)? main_up, Tensor(c!)? main_down)"
-                " -> (Tensor dx, Tensor dgate_up, Tensor dup, Tensor ddown, Tensor dweights, Tensor dgate_up_bias,"
-                " Tensor ddown_bias)")
-        .schema("grouped_experts(Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor offsets, Tensor? weights,"
-                " Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp, bool save_h)"
-                " -> (Tensor y, Tensor h)")
-        .schema("grouped_experts_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor offsets,"
-                " Tensor? weights, Tensor h, Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp,"
-                " int needs, Tensor(a!)? main_gate_up, Tensor(b!)? main_up, Tensor(c!)? main_down)"
-                " -> (Tensor dx, Tensor dgate_up, Tensor dup, Tensor ddown, Tensor dweights, Tensor dgate_up_bias,"
-                " Tensor ddown_bias)")
+        .schema(
+            "fused_experts(Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor ids, Tensor weights,"
+            " Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp, bool save_h)"
+            " -> (Tensor y, Tensor h)")
+        .schema(
+            "fused_experts_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor ids,"
+            " Tensor weights, Tensor h, Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp,"
+            " int needs, Tensor(a!)? main_gate_up, Tensor(b!)? main_up, Tensor(c!)? main_down)"
+            " -> (Tensor dx, Tensor dgate_up, Tensor dup, Tensor ddown, Tensor dweights, Tensor dgate_up_bias,"
+            " Tensor ddown_bias)")
+        .schema(
+            "grouped_experts(Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor offsets, Tensor? weights,"
+            " Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp, bool save_h)"
+            " -> (Tensor y, Tensor h)")
+        .schema(
+            "grouped_experts_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor offsets,"
+            " Tensor? weights, Tensor h, Tensor? gate_up_bias, Tensor? down_bias, int activation, float? clamp,"
+            " int needs, Tensor(a!)? main_gate_up, Tensor(b!)? main_up, Tensor(c!)? main_down)"
+            " -> (Tensor dx, Tensor dgate_up, Tensor dup, Tensor ddown, Tensor dweights, Tensor dgate_up_bias,"
+            " Tensor ddown_bias)")
         .schema("grouped_mm(Tensor x, Tensor w, Tensor offsets) -> Tensor")
-        .schema("grouped_mm_backward(Tensor dy, Tensor x, Tensor w, Tensor offsets, bool need_x, bool need_w)"
-                " -> (Tensor dx, Tensor dw)")
+        .schema(
+            "grouped_mm_backward(Tensor dy, Tensor x, Tensor w, Tensor offsets, bool need_x, bool need_w)"
+            " -> (Tensor dx, Tensor dw)")
         // ---- norms: norm.cpp. A gradient that is not needed comes back as an empty tensor.
         .schema("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
         .schema("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
-        .schema("rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, bool need_dx, "
-                "bool need_dweight) -> (Tensor, Tensor)")
+        .schema(
+            "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, bool need_dx, "
+            "bool need_dweight) -> (Tensor, Tensor)")
         // ---- element-wise: activation.cpp
         .schema("swiglu(Tensor gate, Tensor up) -> Tensor")
         .schema("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")
         // ---- router: routing.cpp
-        .schema("route_topk(Tensor logits, int k, bool renormalize, Tensor? bias, Tensor? ids, Tensor? mask) -> "
-                "(Tensor, Tensor, Tensor, Tensor)")
-        .schema("route_topk_backward(Tensor? grad_weights, Tensor? grad_prob_sum, Tensor logits, Tensor ids, "
-                "Tensor? mask, bool renormalize) -> Tensor");
+        .schema(
+            "route_topk(Tensor logits, int k, bool renormalize, Tensor? bias, Tensor? ids, Tensor? mask) -> "
+            "(Tensor, Tensor, Tensor, Tensor)")
+        .schema(
+            "route_topk_backward(Tensor? grad_weights, Tensor? grad_prob_sum, Tensor logits, Tensor ids, "
+            "Tensor? mask, bool renormalize) -> Tensor");
 }  // namespace

@@ -22,7 +22,8 @@ typedef uint64_t StableIValue;
 AOTITorchError aoti_torch_library_init_def(const char*, const char*, uint32_t, TorchLibraryHandle*);
 AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*);
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle, const char*);
-AOTITorchError torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t), uint64_t);
+AOTITorchError torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t),
+                                  uint64_t);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle, void**);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle, int64_t*);
@@ -181,8 +182,12 @@ template <class R, class... A, R (*F)(A...)> struct Box<F> {
   }
   template <class T> static void put(StableIValue* s, T&& t) { s[0] = Conv<std::decay_t<T>>::from(std::move(t)); }
   template <class... T> static void put(StableIValue* s, std::tuple<T...>&& t) {
-    std::apply([&](auto&&... e) { int i = 0; ((s[i++] = Conv<std::decay_t<decltype(e)>>::from(std::move(e))), ...); },
-               std::move(t));
+    std::apply(
+        [&](auto&&... e) {
+          int i = 0;
+          ((s[i++] = Conv<std::decay_t<decltype(e)>>::from(std::move(e))), ...);
+        },
+        std::move(t));
   }
 };
 

@@ -104,8 +104,7 @@ template <class T> void store_rows(const StoreRows& s) {
   }
 }
 
-template <class T>
-void combine(const void* const* rows, const float* weight, int64_t K, void* out, int64_t n) {
+template <class T> void combine(const void* const* rows, const float* weight, int64_t K, void* out, int64_t n) {
   for (int64_t c = 0; c < n; c += W) {
     vf acc = {};
     for (int64_t k = 0; k < K; k++) {

@@ -17,7 +17,8 @@ template <class T> struct Operand {
   static Vec broadcast(const Group* p) { return set1(*p); }
   static vf mac(vf acc, Vec a, Vec b) { return fma(a, b, acc); }
 
-  // [K_STEP rows][2W columns] of a row-major matrix as two vectors of groups; n columns are there, missing rows are null
+  // [K_STEP rows][2W columns] of a row-major matrix as two vectors of groups; n columns are there, missing rows are
+  // null
   static void interleave(const T* row, const T*, int64_t n, Vec out[2]) {
     out[0] = load_part(row, n);
     out[1] = n > W ? load_part(row + W, n - W) : vf{};

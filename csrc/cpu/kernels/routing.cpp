@@ -96,9 +96,8 @@ template <class T> void route_topk_backward_kernel(const RouteBackwardRow& row) 
     for (int64_t k = 0; k < row.K; k++)
       dp[row.ids[k]] += static_cast<float>((static_cast<double>(dw[k]) - dot) / total);
   }
-  const vf products = sum_vectors<vf>(padded, [=](int64_t c, auto lanes, vf& acc) {
-    acc = fma(load(p + c, lanes), load(dp + c, lanes), acc);
-  });
+  const vf products = sum_vectors<vf>(
+      padded, [=](int64_t c, auto lanes, vf& acc) { acc = fma(load(p + c, lanes), load(dp + c, lanes), acc); });
   const vf mean = set1(sum(products));
   for_vectors(row.E, [=](int64_t c, auto lanes) {
     store(static_cast<T*>(row.dlogits) + c, load(p + c) * (load(dp + c) - mean), lanes);
