@@ -32,7 +32,7 @@ struct WgradBlock {
 
 // Bounds that hold for every instruction set.
 constexpr int64_t kOuterRows = 128;  // largest M of outer_gemm: its packed A stays below 48 KB
-constexpr int64_t kOuterScratch = kOuterRows * 80 * 4 + 64 * 128;
+constexpr int64_t kOuterScratch = kOuterRows * 80 * 4;
 constexpr int64_t wgrad_scratch(int64_t R, int64_t M) { return (R + 1) * (M + 64) * 4 + (R + 1) * 128; }
 
 struct GemmKernels {

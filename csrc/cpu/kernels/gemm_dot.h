@@ -26,8 +26,9 @@ static inline void sum4(const vf* a, float* c) {
 #endif
 }
 
-template <class T, int MR, int NR>
-static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t K, float* c, int64_t ldc) {
+// AHEAD rows of B from `next` on are prefetched along the way, in the order of their addresses.
+template <class T, int MR, int NR, int AHEAD>
+static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t K, const T* next, float* c, int64_t ldc) {
   typedef Operand<T> Op;
   vf acc[MR][NR] = {};
   int64_t k = 0;
@@ -35,6 +36,8 @@ static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t 
     typename Op::Vec x[MR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; i++) x[i] = Op::load_k(a[i] + k);
+#pragma GCC unroll 4
+    for (int j = 0; j < AHEAD; j++) __builtin_prefetch(next + k * AHEAD + j * Op::LOAD, 0, 2);
 #pragma GCC unroll 4
     for (int j = 0; j < NR; j++) {
       const typename Op::Vec w = Op::load_k(b + j * ldb + k);
@@ -57,13 +60,37 @@ static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t 
   }
 }
 
+template <class T, int NR, int AHEAD>
+static inline void dot_rows(const T* const* a, int64_t M, const T* b, int64_t ldb, int64_t K, const T* next, float* c,
+                            int64_t ldc) {
+  if (M == 1) return dot_tile<T, 1, NR, AHEAD>(a, b, ldb, K, next, c, ldc);
+  if constexpr (kDotRows >= 2)
+    if (M == 2) return dot_tile<T, 2, NR, AHEAD>(a, b, ldb, K, next, c, ldc);
+  if constexpr (kDotRows >= 3)
+    if (M == 3) return dot_tile<T, 3, NR, AHEAD>(a, b, ldb, K, next, c, ldc);
+  if constexpr (kDotRows >= 4) dot_tile<T, 4, NR, AHEAD>(a, b, ldb, K, next, c, ldc);
+}
+
+// Rows of B between use and prefetch. Measured on Zen 4 with weights in memory, bf16, one core, GFLOP/s at 8 rows and
+// K = 768: 109-114 with 4, 141-169 with 8, 181 with 16; prefetching into the first-level cache instead: 61-69.
+constexpr int kDotAhead = 16;
+
+// All rows against NR columns of C. The first tiles share the prefetching of NR rows of B.
 template <class T, int NR>
 static void dot_columns(const T* const* a, int64_t M, const T* b, int64_t ldb, int64_t K, float* c, int64_t ldc) {
-  int64_t m = 0;
-  for (; m + kDotRows <= M; m += kDotRows) dot_tile<T, kDotRows, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
-  if (M - m == 3) dot_tile<T, 3, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
-  if (M - m == 2) dot_tile<T, 2, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
-  if (M - m == 1) dot_tile<T, 1, NR>(a + m, b, ldb, K, c + m * ldc, ldc);
+  const int64_t tiles = (M + kDotRows - 1) / kDotRows;
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t m = M * t / tiles, rows = M * (t + 1) / tiles - m;
+    const T* next = b + kDotAhead * ldb;
+    if (NR < 4 || t >= 4 || (tiles == 3 && t == 2))
+      dot_rows<T, NR, 0>(a + m, rows, b, ldb, K, next, c + m * ldc, ldc);
+    else if (tiles == 1)
+      dot_rows<T, NR, 4>(a + m, rows, b, ldb, K, next, c + m * ldc, ldc);
+    else if (tiles < 4)
+      dot_rows<T, NR, 2>(a + m, rows, b, ldb, K, next + 2 * t * ldb, c + m * ldc, ldc);
+    else
+      dot_rows<T, NR, 1>(a + m, rows, b, ldb, K, next + t * ldb, c + m * ldc, ldc);
+  }
 }
 
 template <class T> void dot_gemm_kernel(const GemmBlock& g) {

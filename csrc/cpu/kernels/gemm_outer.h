@@ -1,17 +1,19 @@
 // C[M, N] = A[M, K] . B[K, N] and O[M, N] (+)= A[R, M]^T . B[R, N]: outer products into a tile of MR rows x two vectors.
-// A group is K_STEP k's of one row or column in four bytes (operand.h); A is packed in groups and broadcast, B is packed
-// in panels of two vectors, or, where a single tile uses it, interleaved in registers.
-// Measured on Zen 4, bf16, one core: 12x2 tiles reach 211 GFLOP/s at 64 groups, 233 at 1024 (8x2: 213, 4x2: 215).
+// A group is K_STEP k's of one row or column in four bytes (operand.h). A is packed in groups and broadcast; B, read in
+// panels of two vectors, is interleaved in registers as often as a tile needs it.
+// Measured on Zen 4, bf16, one core: 12x2 tiles reach 211 GFLOP/s at 64 groups, 233 at 1024 (8x2: 213, 4x2: 215). Packing
+// B's panels into the first-level cache is slower at every number of rows: 32 rows of weights from memory 145-160 instead
+// of 165-188, 64 rows 162-174 instead of 170-190.
 #pragma once
 #include "operand.h"
 
 namespace sail::cpu::SAIL_ISA {
 constexpr int kOuterTile = W == 16 ? 12 : 6;  // rows of a tile: 2 x 12 accumulators of 32 registers, or 2 x 6 of 16
 constexpr int kPanel = 2 * W;                 // columns of a panel
-constexpr int kGroups = 64;                   // groups of a k block: the panel takes 8 KB of the 32 KB first-level cache
+constexpr int kGroups = 64;                   // groups of a k block: its fp32 sums start anew
 constexpr int kGroupStride = kGroups + 16;    // of a packed A row: no power of two, or rows would share cache sets
 
-// One k block's B: packed panel, or rows of the matrix itself.
+// Where a tile's B comes from: a packed panel, or the rows of the matrix (FULL: all columns and both rows of a pair exist).
 template <class T> struct PackedB {
   const typename Operand<T>::Group* p;
   void get(int64_t g, typename Operand<T>::Vec b[2]) const {
@@ -19,22 +21,32 @@ template <class T> struct PackedB {
     b[1] = Operand<T>::load_group(p + g * kPanel + W);
   }
 };
-template <class T> struct RowsB {
+template <class T, bool FULL> struct RowsB {
   const T* p;
-  int64_t ld;
+  int64_t ld, rows, columns;
   void get(int64_t g, typename Operand<T>::Vec b[2]) const {
-    const T* row = p + g * Operand<T>::K_STEP * ld;
-    Operand<T>::interleave(row, row + ld, kPanel, b);
+    const int64_t r = g * Operand<T>::K_STEP;
+    const T* row = p + r * ld;
+    Operand<T>::interleave(row, FULL || r + 1 < rows ? row + ld : nullptr, FULL ? kPanel : columns, b);
   }
+};
+
+// Rows of B to prefetch, K_STEP a group: a panel is one cache line wide, which the hardware's prefetcher cannot follow.
+template <class T> struct Ahead {
+  const T* p;  // null: nothing
+  int64_t ld;
 };
 
 // acc += A . B over `groups`; A's group (row i, g) is a[i * RS + g * gs]
 template <class T, int MR, int RS, class B>
-static inline void outer_tile(vf acc[MR][2], const typename Operand<T>::Group* a, int64_t gs, B b, int64_t groups) {
+static inline void outer_tile(vf acc[MR][2], const typename Operand<T>::Group* a, int64_t gs, B b, int64_t groups,
+                              Ahead<T> ahead) {
   typedef Operand<T> Op;
   for (int64_t g = 0; g < groups; g++) {
     typename Op::Vec bv[2];
     b.get(g, bv);
+    if (ahead.p)
+      for (int i = 0; i < Op::K_STEP; i++) __builtin_prefetch(ahead.p + (g * Op::K_STEP + i) * ahead.ld, 0, 2);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; i++) {
       const typename Op::Vec x = Op::broadcast(a + i * RS + g * gs);
@@ -45,10 +57,10 @@ static inline void outer_tile(vf acc[MR][2], const typename Operand<T>::Group* a
 }
 
 template <class T, int MR, class B>
-static void outer_tile_f32(const typename Operand<T>::Group* a, B b, int64_t groups, bool first, float* c, int64_t ldc,
-                           int64_t n) {
+static void outer_tile_f32(const typename Operand<T>::Group* a, B b, int64_t groups, Ahead<T> ahead, bool first, float* c,
+                           int64_t ldc, int64_t n) {
   vf acc[MR][2] = {};  // a k block is summed on its own, then added: the error grows with the blocks, not with k
-  outer_tile<T, MR, kGroupStride>(acc, a, 1, b, groups);
+  outer_tile<T, MR, kGroupStride>(acc, a, 1, b, groups, ahead);
   for (int i = 0; i < MR; i++)
     for (int64_t j = 0; j * W < n; j++) {
       float* p = c + i * ldc + j * W;
@@ -57,7 +69,7 @@ static void outer_tile_f32(const typename Operand<T>::Group* a, B b, int64_t gro
 }
 
 template <class T, class B> struct OuterTiles {
-  typedef void (*Fn)(const typename Operand<T>::Group*, B, int64_t, bool, float*, int64_t, int64_t);
+  typedef void (*Fn)(const typename Operand<T>::Group*, B, int64_t, Ahead<T>, bool, float*, int64_t, int64_t);
   static constexpr Fn table[12] = {
       outer_tile_f32<T, 1, B>, outer_tile_f32<T, 2, B>, outer_tile_f32<T, 3, B>, outer_tile_f32<T, 4, B>,
       outer_tile_f32<T, 5, B>, outer_tile_f32<T, 6, B>,
@@ -67,17 +79,6 @@ template <class T, class B> struct OuterTiles {
 #endif
   };
 };
-
-// Packs `groups` groups of a panel: out[g][2W]; rows past K count as zero.
-template <class T>
-static void pack_panel(const T* b, int64_t ldb, int64_t rows, int64_t n, typename Operand<T>::Group* out) {
-  typedef Operand<T> Op;
-  for (int64_t r = 0; r < rows; r += Op::K_STEP, out += kPanel) {
-    typename Op::Vec v[2];
-    Op::interleave(b + r * ldb, r + 1 < rows ? b + (r + 1) * ldb : nullptr, n, v);
-    memcpy(out, v, sizeof v);
-  }
-}
 
 // Packs k0 .. k0 + k of M rows: out[m][kGroupStride], the last group padded with zeros.
 static inline void pack_row(const float* a, int64_t k, float* out) { memcpy(out, a, k * sizeof(float)); }
@@ -89,14 +90,23 @@ static inline void pack_row(const bf16* a, int64_t k, uint32_t* out) {
   memcpy(out, a, k * sizeof(bf16));
 }
 
+// One panel of C against one k block, tile by tile; the first tile prefetches.
+template <class T, class B>
+static void outer_panel(const typename Operand<T>::Group* a, int64_t M, B b, int64_t groups, Ahead<T> ahead, bool first,
+                        float* c, int64_t ldc, int64_t n) {
+  const int64_t tiles = (M + kOuterTile - 1) / kOuterTile;
+  for (int64_t t = 0; t < tiles; t++, ahead.p = nullptr) {  // rows spread evenly: no tile is left with one row
+    const int64_t m0 = M * t / tiles, m1 = M * (t + 1) / tiles;
+    OuterTiles<T, B>::table[m1 - m0 - 1](a + m0 * kGroupStride, b, groups, ahead, first, c + m0 * ldc, ldc, n);
+  }
+}
+
 template <class T> void outer_gemm_kernel(const GemmBlock& g) {
   typedef Operand<T> Op;
   typedef typename Op::Group Group;
   const T* const* a = reinterpret_cast<const T* const*>(g.a_rows);
   const T* b = static_cast<const T*>(g.b);
   Group* a_pack = static_cast<Group*>(g.scratch);
-  Group* b_pack = a_pack + kOuterRows * kGroupStride;
-  const int64_t tiles = (g.M + kOuterTile - 1) / kOuterTile;
   for (int64_t k0 = 0; k0 < g.K; k0 += kGroups * Op::K_STEP) {
     const bool first = k0 == 0 && !g.accumulate;
     const int64_t k = g.K - k0 < kGroups * Op::K_STEP ? g.K - k0 : kGroups * Op::K_STEP;
@@ -105,16 +115,13 @@ template <class T> void outer_gemm_kernel(const GemmBlock& g) {
     for (int64_t n0 = 0; n0 < g.N; n0 += kPanel) {
       const int64_t n = g.N - n0 < kPanel ? g.N - n0 : kPanel;
       const T* panel = b + k0 * g.ldb + n0;
-      if (tiles == 1 && n == kPanel && k % Op::K_STEP == 0) {
-        OuterTiles<T, RowsB<T>>::table[g.M - 1](a_pack, {panel, g.ldb}, groups, first, g.c + n0, g.ldc, n);
-        continue;
-      }
-      pack_panel(panel, g.ldb, k, n, b_pack);
-      for (int64_t t = 0; t < tiles; t++) {  // rows spread evenly: no tile is left with one row
-        const int64_t m0 = g.M * t / tiles, m1 = g.M * (t + 1) / tiles;
-        OuterTiles<T, PackedB<T>>::table[m1 - m0 - 1](a_pack + m0 * kGroupStride, {b_pack}, groups, first,
-                                                       g.c + m0 * g.ldc + n0, g.ldc, n);
-      }
+      // the next panel, or the first of the next k block
+      const T* next = n0 + kPanel < g.N ? panel + kPanel : k0 + k < g.K ? b + (k0 + k) * g.ldb : nullptr;
+      const Ahead<T> ahead = {next, g.ldb};
+      if (n == kPanel && k % Op::K_STEP == 0)
+        outer_panel<T>(a_pack, g.M, RowsB<T, true>{panel, g.ldb, k, n}, groups, ahead, first, g.c + n0, g.ldc, n);
+      else
+        outer_panel<T>(a_pack, g.M, RowsB<T, false>{panel, g.ldb, k, n}, groups, ahead, first, g.c + n0, g.ldc, n);
     }
   }
 }

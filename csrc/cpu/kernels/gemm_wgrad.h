@@ -4,6 +4,8 @@
 #include "gemm_outer.h"
 
 namespace sail::cpu::SAIL_ISA {
+constexpr int kWgradAhead = 4;  // panels between prefetch and use of an accumulated gradient's old values
+
 // One row of a tile: n of kPanel columns.
 template <class TO> static inline void put_row(TO* o, const vf acc[2], int64_t n, Output mode, bool stream) {
   vf lo = acc[0], hi = acc[1];
@@ -84,9 +86,13 @@ template <class T, class TO> void wgrad_gemm_kernel(const WgradBlock& w) {
     for (int64_t m = 0; m < w.M; m += kOuterTile) {
       const int64_t rows = w.M - m < kOuterTile ? w.M - m : kOuterTile;
       for (int64_t n = n0; n < n1; n += kPanel) {
+        if (w.mode == Output::accumulate)  // old values come from memory
+          for (int64_t i = 0; i < rows; i++)
+            for (unsigned j = 0; j < sizeof(TO) * kPanel; j += 64)
+              __builtin_prefetch(reinterpret_cast<const char*>(out + (m + i) * w.ldo + n + kWgradAhead * kPanel) + j, 1, 2);
         vf acc[kOuterTile][2] = {};
         const PackedB<T> panel = {b_pack + (n - n0) / kPanel * panel_groups};
-        outer_tile<T, kOuterTile, 1>(acc, a_pack + m, stride, panel, groups);
+        outer_tile<T, kOuterTile, 1>(acc, a_pack + m, stride, panel, groups, Ahead<T>{nullptr, 0});
         const int64_t cols = w.N - n < kPanel ? w.N - n : kPanel;
 #pragma GCC unroll 12
         for (int i = 0; i < kOuterTile; i++)
