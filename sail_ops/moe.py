@@ -30,7 +30,7 @@ def fused_experts(
     biases: Biases | None = None,
     clamp: float | None = None,
     recompute: bool = False,
-    main_grads: GateUp | tuple[Any, ...] | None = None,
+    main_grads: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """y_t = sum_k w_tk * down[e] @ (act(gate[e] @ x_t) * (up[e] @ x_t)), e = ids_tk.
 
@@ -75,7 +75,7 @@ def grouped_experts(
     biases: Biases | None = None,
     clamp: float | None = None,
     recompute: bool = False,
-    main_grads: GateUp | tuple[Any, ...] | None = None,
+    main_grads: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """y_r = w_r * down[e] @ (act(gate[e] @ x_r) * (up[e] @ x_r)) for rows r in [offsets[e-1], offsets[e]).
 
@@ -149,7 +149,9 @@ def _experts(
     code = _ACTIVATIONS[activation]
     if needs_grad(x, first, up, down, weights, bias_1, bias_2):
         main = _main_grads(main_grads, up is not None)
-        out: Tensor = _Experts.apply(family, x, first, up, down, where, weights, bias_1, bias_2, code, clamp, recompute, main)
+        out: Tensor = _Experts.apply(
+            family, x, first, up, down, where, weights, bias_1, bias_2, code, clamp, recompute, main
+        )
         return out
     return family.forward(x, first, up, down, where, weights, bias_1, bias_2, code, clamp, False)[0]
 
@@ -174,9 +176,9 @@ def _autocast(x: Tensor, *others: Tensor | None) -> Any:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[no-untyped-def]
         ctx, family, x, gate_up, up, down, where, weights, gate_up_bias, down_bias, activation, clamp, recompute, main
-    ):  # type: ignore[no-untyped-def]
+    ):
         y, h = family.forward(
             x, gate_up, up, down, where, weights, gate_up_bias, down_bias, activation, clamp, not recompute
         )
@@ -199,7 +201,20 @@ class _Experts(torch.autograd.Function):
             | _NEED_DOWN_BIAS * need_b2
         )
         dx, dgate_up, dup, ddown, dweights, db1, db2 = family.backward(
-            dy.contiguous(), x, gate_up, up, down, where, weights, h, gate_up_bias, down_bias, activation, clamp, needs, *main
+            dy.contiguous(),
+            x,
+            gate_up,
+            up,
+            down,
+            where,
+            weights,
+            h,
+            gate_up_bias,
+            down_bias,
+            activation,
+            clamp,
+            needs,
+            *main,
         )
         own_1, own_2 = main[0] is None, main[2] is None
         return (
@@ -242,9 +257,24 @@ def _fake_experts(rows_of: Any) -> Any:
     return fake
 
 
-def _fake_experts_backward(
-    dy, x, gate_up, up, down, where, weights, h, gate_up_bias, down_bias, activation, clamp, needs, main_1, main_up, main_2
-):  # type: ignore[no-untyped-def]
+def _fake_experts_backward(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    gate_up,
+    up,
+    down,
+    where,
+    weights,
+    h,
+    gate_up_bias,
+    down_bias,
+    activation,
+    clamp,
+    needs,
+    main_1,
+    main_up,
+    main_2,
+):
     def grad(wanted: bool, like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         shape = like.shape if wanted and like is not None else (0,)
         return x.new_empty(shape, dtype=dtype or x.dtype)

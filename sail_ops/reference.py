@@ -106,7 +106,7 @@ def grouped_experts(
     biases: Biases | None = None,
     clamp: float | None = None,
 ) -> Tensor:
-    """`fused_experts` on rows already sorted by expert: expert e owns rows [offsets[e-1], offsets[e]); tail rows give 0."""
+    """`fused_experts` on rows sorted by expert: expert e owns rows [offsets[e-1], offsets[e]); tail rows give 0."""
     parts, start = [], 0
     for e, end in enumerate(offsets_E.tolist()):
         rows = _expert(x_RD[start:end], gate_up_E2FD, down_EDF, e, activation, biases, clamp)
@@ -126,9 +126,7 @@ def grouped_mm(x_RK: Tensor, w_EKN: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def gated_activation(
-    gate: Tensor, up: Tensor, activation: str = "silu", clamp: float | None = None
-) -> Tensor:
+def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu", clamp: float | None = None) -> Tensor:
     """act(gate) * up; with `clamp` = c first gate = min(gate, c), up = min(max(up, -c), c)."""
     if clamp is not None:
         gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
