@@ -20,7 +20,7 @@ class Recipe:
 
     data: str = _option("easy_vqa", "'easy_vqa', or a .jsonl file of {picture, questions} records")
     model: str = _option("demo", "model size, a name of training.setup.MODELS")
-    steps: int = _option(1200, "optimizer steps")
+    steps: int = _option(2400, "optimizer steps")
     stream_length: int = _option(320, "tokens in a packed stream")
     streams: int = _option(4, "streams a micro-batch, on each process")
     micro_batches: int = _option(1, "micro-batches a step (gradient accumulation)")
