@@ -14,7 +14,7 @@ struct Problem {
   std::vector<int32_t> offsets;  // [E + 1]
   const Tensor &x, &w;
   bool k_contiguous;  // w's last stride belongs to k
-  int64_t ldw;  // stride of the other of k and n
+  int64_t ldw;        // stride of the other of k and n
 
   const char* x_row(int64_t r) const { return x.ptr<const char>() + r * x.stride(0) * bytes; }
   const char* weight(int64_t e) const { return w.ptr<const char>() + e * w.stride(0) * bytes; }

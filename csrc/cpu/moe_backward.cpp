@@ -7,8 +7,8 @@
 
 namespace sail::cpu {
 namespace {
-constexpr int64_t kActivationColumns = 64;      // of h computed again at a time
-constexpr int64_t kBlockColumns = 1024;         // of fp32 results kept in the second-level cache
+constexpr int64_t kActivationColumns = 64;  // of h computed again at a time
+constexpr int64_t kBlockColumns = 1024;     // of fp32 results kept in the second-level cache
 enum Kind { kDx, kDgate, kDup, kDdown, kBias };
 
 struct Pass {
@@ -22,7 +22,7 @@ struct Pass {
   Buffer dh{rows.count() * 2 * l.F * l.bytes};      // [R, 2F]
   Buffer a_weighted{rows.count() * l.F * l.bytes};  // [R, F]
   Buffer dx_buffer{g.x && !sorted ? rows.count() * l.D * l.bytes : 0};
-  char* dx_rows = sorted ? g.x : dx_buffer.get();   // [R, D]
+  char* dx_rows = sorted ? g.x : dx_buffer.get();                      // [R, D]
   std::vector<float> dot = std::vector<float>(rows.count() * splits);  // [splits, R]
 
   char* dh_row(int64_t r, int which) const { return dh.get() + (r * 2 + which) * l.F * l.bytes; }

@@ -8,41 +8,41 @@ enum class Activation { silu = 0, gelu = 1, gelu_tanh = 2 };
 
 // a = act(gate + bias) * (up + bias); keeps the pre-activation in T where h_gate is given.
 struct GatedForward {
-  const float *gate, *up;             // [M, n], rows ld apart
+  const float *gate, *up;  // [M, n], rows ld apart
   int64_t ld, M, n;
-  const void *gate_bias, *up_bias;    // [n] or null
+  const void *gate_bias, *up_bias;  // [n] or null
   Activation activation;
-  float clamp;                        // infinity: none
-  void *h_gate, *h_up;                // [M, n] or null, rows ldh apart
+  float clamp;          // infinity: none
+  void *h_gate, *h_up;  // [M, n] or null, rows ldh apart
   int64_t ldh;
-  void* a;                            // [M, n] or null, rows lda apart
+  void* a;  // [M, n] or null, rows lda apart
   int64_t lda;
 };
 
 // From da = gradient of a before weighting and the saved pre-activation h:
 // dot += <da, a>; dh = weight * da * d(act(gate) * up); a_weighted = weight * a.
 struct GatedBackward {
-  const float* da;                    // [M, n], rows ld apart
+  const float* da;  // [M, n], rows ld apart
   int64_t ld, M, n;
-  const void *h_gate, *h_up;          // [M, n], rows ldh apart
+  const void *h_gate, *h_up;  // [M, n], rows ldh apart
   int64_t ldh;
   Activation activation;
   float clamp;
-  const float* weight;                // [M]
-  void *dh_gate, *dh_up;              // [M, n], rows lddh apart
+  const float* weight;    // [M]
+  void *dh_gate, *dh_up;  // [M, n], rows lddh apart
   int64_t lddh;
-  void* a_weighted;                   // [M, n], rows lda apart
+  void* a_weighted;  // [M, n], rows lda apart
   int64_t lda;
-  float* dot;                         // [M]
+  float* dot;  // [M]
 };
 
 // out[m] = (c[m] + bias) * weight[m]
 struct StoreRows {
-  const float* c;                     // [M, n], rows ldc apart
+  const float* c;  // [M, n], rows ldc apart
   int64_t ldc, M, n;
-  const void* bias;                   // [n] or null
-  const float* weight;                // [M] or null
-  void* out;                          // rows ldo apart
+  const void* bias;     // [n] or null
+  const float* weight;  // [M] or null
+  void* out;            // rows ldo apart
   int64_t ldo;
 };
 

@@ -14,8 +14,8 @@ static inline void sum4(const vf* a, float* c) {
   const __m512 s01 = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
   const __m512 s23 = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
   const __m512d d01 = _mm512_castps_pd(s01), d23 = _mm512_castps_pd(s23);
-  const __m512 s = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23)));
+  const __m512 s =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)), _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23)));
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
   _mm_storeu_ps(c, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 #elif defined(__AVX2__)
@@ -28,7 +28,8 @@ static inline void sum4(const vf* a, float* c) {
 
 // AHEAD rows of B from `next` on are prefetched along the way, in the order of their addresses.
 template <class T, int MR, int NR, int AHEAD>
-static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t K, const T* next, float* c, int64_t ldc) {
+static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t K, const T* next, float* c,
+                            int64_t ldc) {
   typedef Operand<T> Op;
   vf acc[MR][NR] = {};
   int64_t k = 0;

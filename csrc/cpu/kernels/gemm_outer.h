@@ -57,8 +57,8 @@ static inline void outer_tile(vf acc[MR][2], const typename Operand<T>::Group* a
 }
 
 template <class T, int MR, class B>
-static void outer_tile_f32(const typename Operand<T>::Group* a, B b, int64_t groups, Ahead<T> ahead, bool first, float* c,
-                           int64_t ldc, int64_t n) {
+static void outer_tile_f32(const typename Operand<T>::Group* a, B b, int64_t groups, Ahead<T> ahead, bool first,
+                           float* c, int64_t ldc, int64_t n) {
   vf acc[MR][2] = {};  // a k block is summed on its own, then added: the error grows with the blocks, not with k
   outer_tile<T, MR, kGroupStride>(acc, a, 1, b, groups, ahead);
   for (int i = 0; i < MR; i++)
@@ -71,11 +71,11 @@ static void outer_tile_f32(const typename Operand<T>::Group* a, B b, int64_t gro
 template <class T, class B> struct OuterTiles {
   typedef void (*Fn)(const typename Operand<T>::Group*, B, int64_t, Ahead<T>, bool, float*, int64_t, int64_t);
   static constexpr Fn table[12] = {
-      outer_tile_f32<T, 1, B>, outer_tile_f32<T, 2, B>, outer_tile_f32<T, 3, B>, outer_tile_f32<T, 4, B>,
-      outer_tile_f32<T, 5, B>, outer_tile_f32<T, 6, B>,
+      outer_tile_f32<T, 1, B>,  outer_tile_f32<T, 2, B>,  outer_tile_f32<T, 3, B>,
+      outer_tile_f32<T, 4, B>,  outer_tile_f32<T, 5, B>,  outer_tile_f32<T, 6, B>,
 #if defined(__AVX512F__)
-      outer_tile_f32<T, 7, B>, outer_tile_f32<T, 8, B>, outer_tile_f32<T, 9, B>, outer_tile_f32<T, 10, B>,
-      outer_tile_f32<T, 11, B>, outer_tile_f32<T, 12, B>,
+      outer_tile_f32<T, 7, B>,  outer_tile_f32<T, 8, B>,  outer_tile_f32<T, 9, B>,
+      outer_tile_f32<T, 10, B>, outer_tile_f32<T, 11, B>, outer_tile_f32<T, 12, B>,
 #endif
   };
 };

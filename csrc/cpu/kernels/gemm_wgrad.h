@@ -71,8 +71,8 @@ template <class T, class TO> void wgrad_gemm_kernel(const WgradBlock& w) {
 
   const int64_t panel_groups = groups * kPanel;
   const int64_t room = (w.scratch_bytes / 4 - groups * stride) / panel_groups;
-  const bool stream = w.mode == Output::overwrite && reinterpret_cast<uintptr_t>(out) % 64 == 0 &&
-                      w.ldo * sizeof(TO) % 64 == 0;
+  const bool stream =
+      w.mode == Output::overwrite && reinterpret_cast<uintptr_t>(out) % 64 == 0 && w.ldo * sizeof(TO) % 64 == 0;
   for (int64_t n0 = 0; n0 < w.N; n0 += room * kPanel) {
     const int64_t n1 = w.N - n0 < room * kPanel ? w.N : n0 + room * kPanel;
     for (int64_t n = n0; n < n1; n += kPanel) {
@@ -89,7 +89,8 @@ template <class T, class TO> void wgrad_gemm_kernel(const WgradBlock& w) {
         if (w.mode == Output::accumulate)  // old values come from memory
           for (int64_t i = 0; i < rows; i++)
             for (unsigned j = 0; j < sizeof(TO) * kPanel; j += 64)
-              __builtin_prefetch(reinterpret_cast<const char*>(out + (m + i) * w.ldo + n + kWgradAhead * kPanel) + j, 1, 2);
+              __builtin_prefetch(reinterpret_cast<const char*>(out + (m + i) * w.ldo + n + kWgradAhead * kPanel) + j, 1,
+                                 2);
         vf acc[kOuterTile][2] = {};
         const PackedB<T> panel = {b_pack + (n - n0) / kPanel * panel_groups};
         outer_tile<T, kOuterTile, 1>(acc, a_pack + m, stride, panel, groups, Ahead<T>{nullptr, 0});
