@@ -3,6 +3,7 @@
 T tokens, D hidden, F expert width, E experts, K top-k, R rows sorted by expert; suffixes on tensors (`x_TD`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .reference import Biases, GateUp
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _NEED_X, _NEED_GATE_UP, _NEED_DOWN, _NEED_WEIGHTS, _NEED_GATE_UP_BIAS, _NEED_DOWN_BIAS = (1 << i for i in range(6))
+
+MainGrads = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 _ops = torch.ops.sail_ops
 
@@ -121,6 +124,7 @@ class _Family:
     """The two ops of a kind of expert layer."""
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self.forward = getattr(_ops, name).default
         self.backward = getattr(_ops, name + "_backward").default
 
@@ -139,16 +143,17 @@ def _experts(
     biases: Biases | None,
     clamp: float | None,
     recompute: bool,
-    main_grads: tuple[Any, ...] | None,
+    main_grads: MainGrads | None,
 ) -> Tensor:
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"sail_ops: activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+        known = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"sail_ops.{family.name}: activation: got {activation!r}, expected one of {known}")
     first, up = (gate_up, None) if isinstance(gate_up, Tensor) else gate_up
     bias_1, bias_2 = biases or (None, None)
     x, first, up, down, bias_1, bias_2 = _autocast(x, first, up, down, bias_1, bias_2)
     code = _ACTIVATIONS[activation]
     if needs_grad(x, first, up, down, weights, bias_1, bias_2):
-        main = _main_grads(main_grads, up is not None)
+        main = _main_grads(family, main_grads, up is not None)
         out: Tensor = _Experts.apply(
             family, x, first, up, down, where, weights, bias_1, bias_2, code, clamp, recompute, main
         )
@@ -156,14 +161,16 @@ def _experts(
     return family.forward(x, first, up, down, where, weights, bias_1, bias_2, code, clamp, False)[0]
 
 
-def _main_grads(main_grads: tuple[Any, ...] | None, pair: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _main_grads(
+    family: _Family, main_grads: MainGrads | None, pair: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(gate_up or gate, up, down) buffers."""
     if main_grads is None:
         return None, None, None
     if len(main_grads) != (3 if pair else 2):
         want = "(gate, up, down)" if pair else "(gate_up, down)"
-        raise ValueError(f"sail_ops: main_grads: got {len(main_grads)} buffers, expected {want}")
-    return (main_grads[0], main_grads[1], main_grads[2]) if pair else (main_grads[0], None, main_grads[1])
+        raise ValueError(f"sail_ops.{family.name}: main_grads: got {len(main_grads)} buffers, expected {want}")
+    return main_grads[0], main_grads[1] if pair else None, main_grads[-1]
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> Any:
@@ -246,40 +253,26 @@ class _GroupedMM(torch.autograd.Function):
         return dx if need_x else None, dw if need_w else None, None
 
 
-# ---- shapes for tracing
+# ---- shapes for tracing, and of meta tensors
 
 
-def _fake_experts(rows_of: Any) -> Any:
+def _fake_forward(op: str, rows_of: Callable[[Tensor, Tensor], int]) -> None:
     def fake(x, gate_up, up, down, where, weights, gate_up_bias, down_bias, activation, clamp, save_h):  # type: ignore[no-untyped-def]
+        _one_device(op, x, gate_up=gate_up, up=up, down=down, ids_or_offsets=where, weights=weights)
         rows = rows_of(x, where) if save_h else 0
         return x.new_empty(x.shape), x.new_empty(rows, 2 * down.shape[2])
 
-    return fake
+    torch.library.register_fake(f"sail_ops::{op}", fake)
 
 
-def _fake_experts_backward(  # type: ignore[no-untyped-def]
-    dy,
-    x,
-    gate_up,
-    up,
-    down,
-    where,
-    weights,
-    h,
-    gate_up_bias,
-    down_bias,
-    activation,
-    clamp,
-    needs,
-    main_1,
-    main_up,
-    main_2,
+def _fake_backward(  # type: ignore[no-untyped-def]
+    dy, x, gate_up, up, down, where, weights, h, gate_up_bias, down_bias, activation, clamp, needs, *main
 ):
     def grad(wanted: bool, like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         shape = like.shape if wanted and like is not None else (0,)
         return x.new_empty(shape, dtype=dtype or x.dtype)
 
-    own_1, own_2 = main_1 is None, main_2 is None
+    own_1, own_2 = main[0] is None, main[2] is None
     return (
         grad(bool(needs & _NEED_X), x),
         grad(bool(needs & _NEED_GATE_UP) and own_1, gate_up),
@@ -291,14 +284,22 @@ def _fake_experts_backward(  # type: ignore[no-untyped-def]
     )
 
 
-torch.library.register_fake("sail_ops::fused_experts", _fake_experts(lambda x, ids: x.shape[0] * ids.shape[1]))
-torch.library.register_fake("sail_ops::grouped_experts", _fake_experts(lambda x, offsets: x.shape[0]))
-torch.library.register_fake("sail_ops::fused_experts_backward", _fake_experts_backward)
-torch.library.register_fake("sail_ops::grouped_experts_backward", _fake_experts_backward)
+def _one_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """The C++ checks see only calls whose tensors are all on one kind of device: a meta tensor brings the call here."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"sail_ops.{op}: {name}: got a tensor on {t.device}, expected {x.device}, where x is")
+
+
+_fake_forward("fused_experts", lambda x, ids: x.shape[0] * ids.shape[1])
+_fake_forward("grouped_experts", lambda x, offsets: x.shape[0])
+torch.library.register_fake("sail_ops::fused_experts_backward", _fake_backward)
+torch.library.register_fake("sail_ops::grouped_experts_backward", _fake_backward)
 
 
 @torch.library.register_fake("sail_ops::grouped_mm")
 def _(x, w, offsets):  # type: ignore[no-untyped-def]
+    _one_device("grouped_mm", x, w=w, offsets=offsets)
     return x.new_empty(x.shape[0], w.shape[2])
 
 
