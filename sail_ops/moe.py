@@ -16,6 +16,7 @@ from .reference import Biases, GateUp
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _NEED_X, _NEED_GATE_UP, _NEED_DOWN, _NEED_WEIGHTS, _NEED_GATE_UP_BIAS, _NEED_DOWN_BIAS = (1 << i for i in range(6))
+_OVERWRITE = 64
 
 MainGrads = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -55,6 +56,7 @@ def fused_experts(
             2D + 4FK bytes a token in 16-bit dtypes.
         main_grads: buffers (gate_up, down), or (gate, up, down) for a pair, that backward adds the weight gradients
             into, in fp32 or the weights' dtype; the weights' own `.grad` stays None.
+        accumulate: False: backward overwrites `main_grads`, which a step's first micro-batch then need not zero.
 
     Raises:
         ValueError: a wrong rank, size, dtype, device or stride; the message names the argument.
@@ -63,7 +65,18 @@ def fused_experts(
     outputs are neither saved nor computed again. SAIL-VL2 (arXiv 2509.14033), section 5.2.
     """
     return _experts(
-        _FUSED, x_TD, gate_up_E2FD, down_EDF, ids_TK, weights_TK, activation, biases, clamp, recompute, main_grads
+        _FUSED,
+        x_TD,
+        gate_up_E2FD,
+        down_EDF,
+        ids_TK,
+        weights_TK,
+        activation,
+        biases,
+        clamp,
+        recompute,
+        main_grads,
+        accumulate,
     )
 
 
@@ -95,7 +108,18 @@ def grouped_experts(
         ValueError: a wrong rank, size, dtype, device or stride, or offsets that fall or pass R.
     """
     return _experts(
-        _GROUPED, x_RD, gate_up_E2FD, down_EDF, offsets_E, weights_R, activation, biases, clamp, recompute, main_grads
+        _GROUPED,
+        x_RD,
+        gate_up_E2FD,
+        down_EDF,
+        offsets_E,
+        weights_R,
+        activation,
+        biases,
+        clamp,
+        recompute,
+        main_grads,
+        accumulate,
     )
 
 
@@ -144,6 +168,7 @@ def _experts(
     clamp: float | None,
     recompute: bool,
     main_grads: MainGrads | None,
+    accumulate: bool,
 ) -> Tensor:
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
@@ -155,7 +180,7 @@ def _experts(
     if needs_grad(x, first, up, down, weights, bias_1, bias_2):
         main = _main_grads(family, main_grads, up is not None)
         out: Tensor = _Experts.apply(
-            family, x, first, up, down, where, weights, bias_1, bias_2, code, clamp, recompute, main
+            family, x, first, up, down, where, weights, bias_1, bias_2, code, clamp, recompute, main, accumulate
         )
         return out
     return family.forward(x, first, up, down, where, weights, bias_1, bias_2, code, clamp, False)[0]
@@ -184,20 +209,34 @@ def _autocast(x: Tensor, *others: Tensor | None) -> Any:
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, family, x, gate_up, up, down, where, weights, gate_up_bias, down_bias, activation, clamp, recompute, main
+        ctx,
+        family,
+        x,
+        gate_up,
+        up,
+        down,
+        where,
+        weights,
+        gate_up_bias,
+        down_bias,
+        activation,
+        clamp,
+        recompute,
+        main,
+        accumulate,
     ):
         y, h = family.forward(
             x, gate_up, up, down, where, weights, gate_up_bias, down_bias, activation, clamp, not recompute
         )
         ctx.save_for_backward(x, gate_up, up, down, where, weights, gate_up_bias, down_bias, h)
-        ctx.options = family, activation, clamp, main
+        ctx.options = family, activation, clamp, main, accumulate
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, gate_up, up, down, where, weights, gate_up_bias, down_bias, h = ctx.saved_tensors
-        family, activation, clamp, main = ctx.options
+        family, activation, clamp, main, accumulate = ctx.options
         _, need_x, need_gate, need_up, need_down, _, need_w, need_b1, need_b2, *_ = ctx.needs_input_grad
         needs = (
             _NEED_X * need_x
@@ -206,6 +245,7 @@ class _Experts(torch.autograd.Function):
             | _NEED_WEIGHTS * need_w
             | _NEED_GATE_UP_BIAS * need_b1
             | _NEED_DOWN_BIAS * need_b2
+            | _OVERWRITE * (not accumulate)
         )
         dx, dgate_up, dup, ddown, dweights, db1, db2 = family.backward(
             dy.contiguous(),
@@ -234,7 +274,7 @@ class _Experts(torch.autograd.Function):
             dweights.to(weights.dtype) if need_w else None,
             db1 if need_b1 else None,
             db2 if need_b2 else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

@@ -9,8 +9,16 @@ namespace {
 using OptTensor = std::optional<Tensor>;
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Bits of `needs`: which gradients are wanted.
-enum Need { kNeedX = 1, kNeedGateUp = 2, kNeedDown = 4, kNeedWeights = 8, kNeedGateUpBias = 16, kNeedDownBias = 32 };
+// Bits of `needs`: which gradients are wanted; kOverwrite: main gradients are set, not added to.
+enum Need {
+  kNeedX = 1,
+  kNeedGateUp = 2,
+  kNeedDown = 4,
+  kNeedWeights = 8,
+  kNeedGateUpBias = 16,
+  kNeedDownBias = 32,
+  kOverwrite = 64
+};
 
 // The layer's own tensors, as every op of the family takes them.
 struct Weights {
@@ -165,8 +173,8 @@ std::tuple<Tensor, Tensor> grouped_experts(const Tensor& x, const Tensor& gate_u
   return {std::move(y), std::move(h)};
 }
 
-// A gradient buffer that is added into: fp32 or the weight's dtype.
-WeightGrad check_main_grad(const Check& c, const char* name, const Tensor& buffer, const Tensor& weight) {
+// A gradient buffer of the caller's: fp32 or the weight's dtype.
+WeightGrad check_main_grad(const Check& c, const char* name, const Tensor& buffer, const Tensor& weight, Output mode) {
   const bool fp32 = buffer.dtype() == aoti_torch_dtype_float32();
   c.that(fp32 || buffer.dtype() == weight.dtype(), name, dtype_name(buffer.dtype()),
          std::string("float32 or the weight's dtype, ") + dtype_name(weight.dtype()));
@@ -174,7 +182,7 @@ WeightGrad check_main_grad(const Check& c, const char* name, const Tensor& buffe
   for (int i = 0; i < 3 && same; i++) same = buffer.size(i) == weight.size(i);
   c.that(same, name, "shape " + shape_text(buffer), "the weight's shape " + shape_text(weight));
   c.contiguous(name, buffer);
-  return {Output::accumulate, fp32};
+  return {mode, fp32};
 }
 
 Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, const Weights& w, const Tensor& dy,
@@ -189,6 +197,7 @@ Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, co
   const int32_t dt = x.dtype();
   const auto none = [&] { return x.empty({0}, dt); };
   const auto wanted = [&](int64_t bit) { return (needs & bit) != 0; };
+  const Output mode = wanted(kOverwrite) ? Output::overwrite : Output::accumulate;
   Gradients g;
   Tensor dx = wanted(kNeedX) ? x.empty({l.T, l.D}, dt) : none();
   if (wanted(kNeedX)) g.x = dx.ptr<char>();
@@ -199,8 +208,8 @@ Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, co
   Tensor ddown = own_down ? empty_huge(x, {l.E, l.D, l.F}, dt) : none();
   if (wanted(kNeedGateUp) && main_gate_up) {
     c.that(main_up.has_value() == w.up.has_value(), "main_grads", "another number of buffers", "one buffer a weight");
-    g.gate_up_as = check_main_grad(c, "main_grads", *main_gate_up, w.gate_up);
-    if (w.up) check_main_grad(c, "main_grads", *main_up, *w.up), c.dtype("main_grads", *main_up, main_gate_up->dtype());
+    g.gate_up_as = check_main_grad(c, "main_grads", *main_gate_up, w.gate_up, mode);
+    if (w.up) check_main_grad(c, "main_grads", *main_up, *w.up, mode), c.dtype("main_grads", *main_up, main_gate_up->dtype());
     g.gate_up = gate_up_view(*main_gate_up, main_up, g.gate_up_as.fp32 ? 4 : l.bytes);
   } else if (own_gate_up) {
     OptTensor none_up;
@@ -208,7 +217,7 @@ Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, co
                      : gate_up_view(dgate_up, none_up, l.bytes);
   }
   if (wanted(kNeedDown) && main_down) {
-    g.down_as = check_main_grad(c, "main_grads", *main_down, w.down);
+    g.down_as = check_main_grad(c, "main_grads", *main_down, w.down, mode);
     g.down = main_down->ptr<char>();
   } else if (own_down) {
     g.down = ddown.ptr<char>();
