@@ -34,7 +34,8 @@ def fused_experts(
     biases: Biases | None = None,
     clamp: float | None = None,
     recompute: bool = False,
-    main_grads: tuple[Any, ...] | None = None,
+    main_grads: MainGrads | None = None,
+    accumulate: bool = True,
 ) -> Tensor:
     """y_t = sum_k w_tk * down[e] @ (act(gate[e] @ x_t) * (up[e] @ x_t)), e = ids_tk.
 
@@ -91,7 +92,8 @@ def grouped_experts(
     biases: Biases | None = None,
     clamp: float | None = None,
     recompute: bool = False,
-    main_grads: tuple[Any, ...] | None = None,
+    main_grads: MainGrads | None = None,
+    accumulate: bool = True,
 ) -> Tensor:
     """y_r = w_r * down[e] @ (act(gate[e] @ x_r) * (up[e] @ x_r)) for rows r in [offsets[e-1], offsets[e]).
 
