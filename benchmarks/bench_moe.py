@@ -22,6 +22,8 @@ def peers_of(case: MoeCase) -> list[str]:
     peers = ["grouped_mm", "eager_unbind"]
     if case.mode == "forward":
         return [*peers, "stock_eager"]
+    if case.gradients == "in_place" and case.routing == "uniform":
+        peers += ["sail_overwrite"]
     if case.gradients == "in_place" and case.routing == "uniform" and case.T == 512:
         peers += ["sail_recompute"] + ["sail_fp32_grads"] * (case.dtype == "bf16")
     return peers

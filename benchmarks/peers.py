@@ -13,6 +13,7 @@ import sail_ops
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], ids [T, K], weights [T, K] -> y [T, D]
 
 # sail, sail_recompute, sail_fp32_grads  fused_experts: as it comes, with recompute, with main_grads in fp32
+# sail_overwrite                         with main_grads overwritten, as in a step's first micro-batch
 # grouped_mm                             transformers' default implementation
 # stock_eager                            transformers' eager loop
 # eager_unbind                           the same loop on W.unbind(0)
@@ -27,7 +28,14 @@ def build(
     if name in ("grouped_mm", "stock_eager"):
         return transformers_experts("eager" if name == "stock_eager" else name, gate_up_E2FD, down_EDF)
     return lambda x, ids, weights: sail_ops.fused_experts(
-        x, gate_up_E2FD, down_EDF, ids, weights, recompute=name == "sail_recompute", main_grads=main_grads
+        x,
+        gate_up_E2FD,
+        down_EDF,
+        ids,
+        weights,
+        recompute=name == "sail_recompute",
+        main_grads=main_grads,
+        accumulate=name != "sail_overwrite",
     )
 
 

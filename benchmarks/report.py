@@ -16,7 +16,11 @@ START, END = "<!-- bench:moe:start -->", "<!-- bench:moe:end -->"
 Row = dict[str, Any]
 GRADIENTS = {"fresh": "fresh", "huge_pages": "fresh, 2 MiB pages", "in_place": "added in place"}
 PEERS = {"grouped_mm": "grouped_mm", "eager_unbind": "eager + unbind", "stock_eager": "stock eager"}
-VARIANTS = {"sail_recompute": "recompute=True", "sail_fp32_grads": "main_grads in fp32"}
+VARIANTS = {
+    "sail_overwrite": "accumulate=False",
+    "sail_recompute": "recompute=True",
+    "sail_fp32_grads": "main_grads in fp32",
+}
 LEGEND = """\
 ms, GFLOP/s and GB/s are ours, medians of interleaved rounds; "x" columns are a peer's time over ours.
 grouped_mm: transformers' default. eager + unbind: transformers' eager loop with W.unbind(0) for W[e], our rewrite.
