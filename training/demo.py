@@ -11,6 +11,7 @@ from rich.table import Table
 from sail_model import SailVL2ForConditionalGeneration, SailVL2Processor
 from training import cli
 from training.assemble import chat, encode, load_records
+from training.data import Record
 from training.device import is_first
 from training.evaluate import Accuracy, exact_match, majority_baseline, question_only_baseline
 from training.plots import plot_curves
@@ -20,8 +21,13 @@ from training.trainer import METRICS
 
 DESCRIPTION = """Train a small SAIL-VL2-MoE on easy-vqa through DeepSpeed (ZeRO-2, optimizer in CPU memory), measure
 exact match on its test split beside baselines, plot the loss, and answer one held-out question with
-generate(). About five minutes on two cores. Everything lands in the run's folder."""
+generate(). About six minutes on two cores. Everything lands in the run's folder."""
 CURVES = "curves.png"
+ANSWER_KINDS = {
+    "yes or no": {"yes", "no"},
+    "a color": {"red", "green", "blue", "yellow", "teal", "brown", "gray", "black"},
+    "a shape": {"circle", "rectangle", "triangle"},
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,20 +53,28 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluate(recipe: Recipe, trained: Trained) -> dict[str, Accuracy]:
-    """Exact match on the held-out split, and what it takes to be better than not looking."""
+    """Exact match on the held-out split, also by kind of answer, and what it takes to be better than not looking."""
     train_records, test_records = (load_records(recipe.data, split) for split in ("train", "test"))
-    samples = encode(test_records, trained.parts.processor, recipe.stream_length)
 
-    def measure(blank: bool) -> Accuracy:
+    def measure(records: list[Record], blank: bool) -> Accuracy:
         parts, width = trained.parts, recipe.stream_length
+        samples = encode(records, parts.processor, width)
         return exact_match(trained.model, samples, parts.reader, capacity=width, pad_id=parts.pad_id, blank=blank)
 
-    return {
-        "the trained model": measure(blank=recipe.blank_pictures),
-        "the same model, pictures blanked at test": measure(blank=True),
-        "most frequent answer to each question": question_only_baseline(train_records, test_records),
-        "most frequent answer": majority_baseline(train_records, test_records),
-    }
+    results = {"the trained model": measure(test_records, recipe.blank_pictures)}
+    for kind, answers in ANSWER_KINDS.items():
+        if asked := with_answer(test_records, answers):
+            results[f"  of these, where the answer is {kind}"] = measure(asked, recipe.blank_pictures)
+    results["the same model, pictures blanked at test"] = measure(test_records, True)
+    results["most frequent answer to each question"] = question_only_baseline(train_records, test_records)
+    results["most frequent answer"] = majority_baseline(train_records, test_records)
+    return results
+
+
+def with_answer(records: list[Record], answers: set[str]) -> list[Record]:
+    """The questions whose right answer is one of `answers`."""
+    kept = [Record(r.picture, tuple(pair for pair in r.questions if pair[1] in answers)) for r in records]
+    return [record for record in kept if record.questions]
 
 
 def results_table(results: dict[str, Accuracy]) -> Table:
