@@ -209,7 +209,8 @@ Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, co
   if (wanted(kNeedGateUp) && main_gate_up) {
     c.that(main_up.has_value() == w.up.has_value(), "main_grads", "another number of buffers", "one buffer a weight");
     g.gate_up_as = check_main_grad(c, "main_grads", *main_gate_up, w.gate_up, mode);
-    if (w.up) check_main_grad(c, "main_grads", *main_up, *w.up, mode), c.dtype("main_grads", *main_up, main_gate_up->dtype());
+    if (w.up)
+      check_main_grad(c, "main_grads", *main_up, *w.up, mode), c.dtype("main_grads", *main_up, main_gate_up->dtype());
     g.gate_up = gate_up_view(*main_gate_up, main_up, g.gate_up_as.fp32 ? 4 : l.bytes);
   } else if (own_gate_up) {
     OptTensor none_up;
