@@ -56,7 +56,7 @@ def fused_experts(
         recompute: save x alone for backward and compute the pre-activation again; otherwise x and the pre-activation,
             2D + 4FK bytes a token in 16-bit dtypes.
         main_grads: buffers (gate_up, down), or (gate, up, down) for a pair, that backward adds the weight gradients
-            into, in fp32 or the weights' dtype; the weights' own `.grad` stays None.
+            into, in fp32 or the weights' dtype; the weights' own `.grad` stays None. A pair's gate and up go together.
         accumulate: False: backward overwrites `main_grads`, which a step's first micro-batch then need not zero.
 
     Raises:

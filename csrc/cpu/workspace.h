@@ -24,9 +24,12 @@ inline void advise_huge_pages(void* p, int64_t bytes) {
 // 1,024 tokens. Beyond kKeptBytes they go back to the system.
 class Kept {
  public:
-  void* take(int64_t bytes) {
+  void* take(int64_t& bytes) {  // sets bytes to the block's own size
     for (Block& b : blocks_)
-      if (b.p && b.bytes >= bytes && b.bytes <= bytes + bytes / 2) return std::exchange(b.p, nullptr);
+      if (b.p && b.bytes >= bytes && b.bytes <= bytes + bytes / 2) {
+        bytes = b.bytes;
+        return std::exchange(b.p, nullptr);
+      }
     return nullptr;
   }
   bool keep(void* p, int64_t bytes) {

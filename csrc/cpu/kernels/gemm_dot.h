@@ -55,8 +55,12 @@ static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t 
   for (int i = 0; i < MR; i++) {
     if constexpr (NR == 4) {
       sum4(acc[i], c + i * ldc);
-    } else {
-      for (int j = 0; j < NR; j++) c[i * ldc + j] = sum(acc[i][j]);
+    } else {  // the same tree: a column's bits must not depend on where it falls in a block
+      static_assert(NR == 1);
+      const vf four[4] = {acc[i][0]};
+      float sums[4];
+      sum4(four, sums);
+      c[i * ldc] = sums[0];
     }
   }
 }
