@@ -55,4 +55,5 @@ $(VENV)/.demo: $(VENV)/.torch $(INSTALL_INPUTS)
 
 $(VENV)/.dev: $(VENV)/.torch $(INSTALL_INPUTS)
 	$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	$(PIP_INSTALL) --no-deps dashscope  # for the tokenizer's vocabulary; the 28 packages it asks for are not needed
 	touch $@ $(VENV)/.demo
