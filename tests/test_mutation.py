@@ -13,21 +13,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from native import KERNELS, compile_kernel, copy_sources, link_with, require_build
+from native import KERNELS, compile_as_built, copy_sources, link_with, require_build
 
 from sail_ops import testing
 
 pytestmark = pytest.mark.slow
 
 
+HOST = "../"
+
+
 class Mutant(NamedTuple):
-    """In `file`, `old` becomes `new`; `source` is the kernel to compile again; `check` is of mutation_checks.py."""
+    """In `file`, `old` becomes `new`; `source` is compiled again; `check` is of mutation_checks.py.
+
+    A source above the kernels' folder is compiled once for all instruction sets.
+    """
 
     check: str
     source: str
     file: str
     old: str
     new: str
+
+    def isas(self) -> tuple[str, ...]:
+        """That it may be compiled for."""
+        return ("",) if self.source.startswith(HOST) else testing.cpu_isas()
 
 
 MUTANTS = {
@@ -70,6 +80,32 @@ MUTANTS = {
         "fused_experts", "experts.cpp", "experts.cpp", "u0 < lo ? vf{} : d * act", "u0 < lo ? vf{} : d * u * slope"
     ),
     "end of the dot product dropped": Mutant("fused_experts", "gemm.cpp", "gemm_dot.h", "if (k < K) {", "if (k < 0) {"),
+    "columns past the last four dropped": Mutant(
+        "fused_experts", "gemm.cpp", "gemm_dot.h", "for (; n < g.N; n++)", "for (; n < g.N - 3; n++)"
+    ),
+    "last k block dropped": Mutant(
+        "fused_experts", "gemm.cpp", "gemm_outer.h", "k0 < g.K; k0 +=", "k0 < g.K - Op::K_STEP * kGroups; k0 +="
+    ),
+    "last rows of a weight's gradient dropped": Mutant(
+        "fused_experts", "gemm.cpp", "gemm_wgrad.h", "stride, panel, groups,", "stride, panel, groups - 1,"
+    ),
+    "routing weight missing in dh": Mutant(
+        "fused_experts", "experts.cpp", "experts.cpp", "const vf d = da * weight;", "const vf d = da;"
+    ),
+    "last expert dropped": Mutant(
+        "fused_experts",
+        HOST + "moe_backward.cpp",
+        HOST + "moe_backward.cpp",
+        "e < l.E; e++)\n    for (int64_t n0",
+        "e + 1 < l.E; e++)\n    for (int64_t n0",
+    ),
+    "weights of the wrong expert": Mutant(
+        "fused_experts",
+        HOST + "moe_forward.cpp",
+        HOST + "moe_forward.cpp",
+        "l.down + (t.e * l.D + t.n0)",
+        "l.down + (t.e / 2 * l.D + t.n0)",
+    ),
     "NaN below all": Mutant("route_nan", "routing.cpp", "routing.cpp", "vi{} + INT32_MAX", "vi{} + INT32_MIN"),
 }
 
@@ -94,8 +130,8 @@ def _next_batch(pending: dict[str, Mutant]) -> dict[str, tuple[str, Mutant]]:
     batch: dict[str, tuple[str, Mutant]] = {}
     taken: set[tuple[str, str]] = set()
     for name, mutant in list(pending.items()):
-        for isa in testing.cpu_isas():
-            slots = {(isa, mutant.source), (isa, mutant.check)}
+        for isa in mutant.isas():
+            slots = {(isa, mutant.source), *((i, mutant.check) for i in ([isa] if isa else testing.cpu_isas()))}
             if not slots & taken:
                 taken |= slots
                 batch[name] = isa, pending.pop(name)
@@ -106,10 +142,12 @@ def _next_batch(pending: dict[str, Mutant]) -> dict[str, tuple[str, Mutant]]:
 def _run_batch(folder: Path, batch: dict[str, tuple[str, Mutant]]) -> dict[str, str]:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         compiled = threads.map(lambda i, b: _compile(folder / str(i), *b), range(len(batch)), batch.values())
-        objects = {(mutant.source, isa): path for (isa, mutant), path in zip(batch.values(), compiled, strict=True)}
+        built = zip(batch.values(), compiled, strict=True)
+        objects = {(Path(mutant.source).name, isa): path for (isa, mutant), path in built}
     link_with(objects, folder / "libsail_ops_cpu.so")
-    said = _checks({f"{isa}:{m.check}" for isa, m in batch.values()}, folder)
-    return {name: said[f"{isa}:{m.check}"] for name, (isa, m) in batch.items()}
+    pairs = {name: f"{isa or testing.cpu_isas()[-1]}:{m.check}" for name, (isa, m) in batch.items()}
+    said = _checks(set(pairs.values()), folder)
+    return {name: said[pair] for name, pair in pairs.items()}
 
 
 def _compile(folder: Path, isa: str, mutant: Mutant) -> Path:
@@ -117,7 +155,7 @@ def _compile(folder: Path, isa: str, mutant: Mutant) -> Path:
     text = changed.read_text()
     assert text.count(mutant.old) == 1, f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times"
     changed.write_text(text.replace(mutant.old, mutant.new))
-    compile_kernel(folder / KERNELS / mutant.source, isa, folder / "mutant.o")
+    compile_as_built(folder / KERNELS / mutant.source, isa, folder / "mutant.o")
     return folder / "mutant.o"
 
 
