@@ -237,7 +237,7 @@ Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, co
 
   experts_backward(l, rows, sorted, dy.ptr<const char>(), saved ? h.ptr<const char>() : nullptr, g);
 
-  if (g.weight) {
+  if (wanted(kNeedWeights)) {
     float* out = dweights.ptr<float>();
     std::fill(out, out + dweights.numel(), 0.f);  // dropped ids and tail rows
     for (int64_t r = 0; r < rows.count(); r++) out[rows.flat[r]] = by_row[r];

@@ -104,14 +104,22 @@ template <class T> void store_rows(const StoreRows& s) {
   }
 }
 
-template <class T> void combine(const void* const* rows, const float* weight, int64_t K, void* out, int64_t n) {
+template <class T>
+void combine(const void* const* rows, const float* weight, int64_t K, void* out, int64_t n) {
+  constexpr int64_t kChain = 16;  // rows added in one chain; chains are added with compensation (Kahan)
   for (int64_t c = 0; c < n; c += W) {
-    vf acc = {};
-    for (int64_t k = 0; k < K; k++) {
-      const vf v = load_part(static_cast<const T*>(rows[k]) + c, n - c);
-      acc = weight ? fma(v, set1(weight[k]), acc) : acc + v;
+    vf total = {}, lost = {};
+    for (int64_t k0 = 0; k0 < K; k0 += kChain) {
+      vf acc = {};
+      for (int64_t k = k0; k < K && k < k0 + kChain; k++) {
+        const vf v = load_part(static_cast<const T*>(rows[k]) + c, n - c);
+        acc = weight ? fma(v, set1(weight[k]), acc) : acc + v;
+      }
+      const vf more = acc - lost, next = total + more;
+      lost = (next - total) - more;
+      total = next;
     }
-    store_part(static_cast<T*>(out) + c, acc, n - c);
+    store_part(static_cast<T*>(out) + c, total, n - c);
   }
 }
 

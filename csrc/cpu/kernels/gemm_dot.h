@@ -7,6 +7,7 @@
 namespace sail::cpu::SAIL_ISA {
 constexpr int kDotRows = W == 16 ? 4 : W == 8 ? 3 : 2;  // accumulators: kDotRows x 4 of the 32 or 16 registers
 constexpr int kDotCols = 4;
+constexpr int64_t kDotChain = 128;
 
 // c[0..3] = lane sums of four accumulators
 static inline void sum4(const vf* a, float* c) {
@@ -32,6 +33,7 @@ static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t 
                             int64_t ldc) {
   typedef Operand<T> Op;
   vf acc[MR][NR] = {};
+  [[maybe_unused]] vf total[MR][NR] = {};  // narrow vectors: chains of kDotChain are summed on their own
   int64_t k = 0;
   for (; k + Op::LOAD <= K; k += Op::LOAD) {
     typename Op::Vec x[MR];
@@ -45,6 +47,11 @@ static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t 
 #pragma GCC unroll 4
       for (int i = 0; i < MR; i++) acc[i][j] = Op::mac(acc[i][j], x[i], w);
     }
+    if constexpr (W == 4) {
+      if (k / Op::LOAD % kDotChain != kDotChain - 1) continue;
+      for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NR; j++) total[i][j] += acc[i][j], acc[i][j] = vf{};
+    }
   }
   if (k < K) {
     const int n = static_cast<int>(K - k);
@@ -53,6 +60,8 @@ static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t 
         acc[i][j] = Op::mac(acc[i][j], Op::load_k(a[i] + k, n), Op::load_k(b + j * ldb + k, n));
   }
   for (int i = 0; i < MR; i++) {
+    if constexpr (W == 4)
+      for (int j = 0; j < NR; j++) acc[i][j] += total[i][j];
     if constexpr (NR == 4) {
       sum4(acc[i], c + i * ldc);
     } else {  // the same tree: a column's bits must not depend on where it falls in a block

@@ -92,8 +92,15 @@ template <class T, class TO> void wgrad_gemm_kernel(const WgradBlock& w) {
               __builtin_prefetch(reinterpret_cast<const char*>(out + (m + i) * w.ldo + n + kWgradAhead * kPanel) + j, 1,
                                  2);
         vf acc[kOuterTile][2] = {};
-        const PackedB<T> panel = {b_pack + (n - n0) / kPanel * panel_groups};
-        outer_tile<T, kOuterTile, 1>(acc, a_pack + m, stride, panel, groups, Ahead<T>{nullptr, 0});
+        const Group* panel = b_pack + (n - n0) / kPanel * panel_groups;
+        for (int64_t g = 0; g < groups; g += kGroups) {  // blocks of rows are summed on their own, then added
+          vf part[kOuterTile][2] = {};
+          const int64_t some = groups - g < kGroups ? groups - g : kGroups;
+          outer_tile<T, kOuterTile, 1>(part, a_pack + g * stride + m, stride, PackedB<T>{panel + g * kPanel}, some,
+                                       Ahead<T>{nullptr, 0});
+#pragma GCC unroll 12
+          for (int i = 0; i < kOuterTile; i++) acc[i][0] += part[i][0], acc[i][1] += part[i][1];
+        }
         const int64_t cols = w.N - n < kPanel ? w.N - n : kPanel;
 #pragma GCC unroll 12
         for (int i = 0; i < kOuterTile; i++)
