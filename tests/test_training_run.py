@@ -183,6 +183,8 @@ def test_the_demo_trains_tests_draws_and_answers(data: Path, tmp_path: Path) -> 
     done = run(1, "training.demo", "--data", data, "--steps", "2", "--out", tmp_path)
     for words in ("the trained model", "pictures blanked", "most frequent answer", "right answer:", "all"):
         assert words in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["exact_match"]["most frequent answer"]["asked"] > 0
     with Image.open(tmp_path / "curves.png") as picture:
         assert min(picture.size) > 200
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {

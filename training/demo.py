@@ -1,5 +1,6 @@
 """`python -m training.demo`: train a small SAIL-VL2-MoE on easy-vqa, test it on held-out pictures, let it answer."""
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ DESCRIPTION = """Train a small SAIL-VL2-MoE on easy-vqa through DeepSpeed (ZeRO-
 exact match on its test split beside baselines, plot the loss, and answer one held-out question with
 generate(). About six minutes on two cores. Everything lands in the run's folder."""
 CURVES = "curves.png"
+RESULTS = "results.json"
 ANSWER_KINDS = {
     "yes or no": {"yes", "no"},
     "a color": {"red", "green", "blue", "yellow", "teal", "brown", "gray", "black"},
@@ -42,9 +44,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     plot_curves(out / METRICS, out / CURVES)
     console.print(results_table(results))
-    console.print(
-        f"curves      {out / CURVES}\nmodel       {out / MODEL}\ncheckpoint  {trained.checkpoint}", soft_wrap=True
-    )
+    shares = {name.strip(): accuracy._asdict() for name, accuracy in results.items()}
+    (out / RESULTS).write_text(json.dumps({"seconds": seconds, "exact_match": shares}, indent=1), encoding="utf-8")
+    places = {"results": out / RESULTS, "curves": out / CURVES, "model": out / MODEL, "checkpoint": trained.checkpoint}
+    console.print("\n".join(f"{name:<12}{place}" for name, place in places.items()), soft_wrap=True)
     record = load_records(recipe.data, "test")[0]
     question, wanted = record.questions[0]
     answer = answer_from_disk(out / MODEL, record.picture, question)
