@@ -71,7 +71,7 @@ MUTANTS = {
         "fused_experts", "experts.cpp", "experts.cpp", "fma(v, set1(weight[k]), acc)", "acc + v"
     ),
     "an expert of each token dropped": Mutant(
-        "fused_experts", "experts.cpp", "experts.cpp", "for (int64_t k = 0; k < K", "for (int64_t k = 1; k < K"
+        "fused_experts", "experts.cpp", "experts.cpp", "int64_t k = k0; k < K", "int64_t k = k0 + 1; k < K"
     ),
     "routing weights' gradient wrong": Mutant(
         "fused_experts", "experts.cpp", "experts.cpp", "fma(da, act * u, dot)", "fma(da, act, dot)"
@@ -87,7 +87,7 @@ MUTANTS = {
         "fused_experts", "gemm.cpp", "gemm_outer.h", "k0 < g.K; k0 +=", "k0 < g.K - Op::K_STEP * kGroups; k0 +="
     ),
     "last rows of a weight's gradient dropped": Mutant(
-        "fused_experts", "gemm.cpp", "gemm_wgrad.h", "stride, panel, groups,", "stride, panel, groups - 1,"
+        "fused_experts", "gemm.cpp", "gemm_wgrad.h", "panel + g * kPanel}, some,", "panel + g * kPanel}, some - 1,"
     ),
     "routing weight missing in dh": Mutant(
         "fused_experts", "experts.cpp", "experts.cpp", "const vf d = da * weight;", "const vf d = da;"
