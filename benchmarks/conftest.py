@@ -91,7 +91,10 @@ def keep(results: dict[str, Any]) -> list[Path]:
     for family in sorted({row["extra_info"]["family"] for row in results["benchmarks"]}):
         rows = [row for row in results["benchmarks"] if row["extra_info"]["family"] == family]
         path = folder / f"{family}.json"
-        path.write_text(json.dumps({**results, "benchmarks": rows}, indent=1) + "\n")
+        text = json.dumps(
+            {**results, "benchmarks": rows}, indent=1, default=vars
+        )  # vars: a MoeCase among the parameters
+        path.write_text(text + "\n")
         written.append(path)
         if family == "moe":
             written.append(report.chart({**results, "benchmarks": rows}, path.with_suffix(".png")))
