@@ -43,8 +43,12 @@ def environment() -> dict[str, str]:
 
 
 def run(ranks: int, module: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    return finish(command(ranks, module, *map(str, arguments)))
+
+
+def finish(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     done = subprocess.run(
-        command(ranks, module, *map(str, arguments)),
+        arguments,
         env=environment(),
         cwd=REPOSITORY,
         capture_output=True,
@@ -164,15 +168,7 @@ def test_zero_2_equals_stage_0_where_ranks_use_other_experts(tmp_path: Path) -> 
     """Each rank's tokens go to experts that the other's never reach; ZeRO-2 must still sum gradients rightly."""
     worker = str(Path(__file__).with_name("dead_experts.py"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    done = subprocess.run(
-        [*launcher, worker, str(tmp_path / "losses.json")],
-        env=environment(),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish([*launcher, worker, str(tmp_path / "losses.json")])
     found = json.loads((tmp_path / "losses.json").read_text())
     assert found["dead"] == [[4, 4], [4, 4]]  # experts without a token, by rank and layer
     torch.testing.assert_close(torch.tensor(found["zero_2"]), torch.tensor(found["stage_0"]))

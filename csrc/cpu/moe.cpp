@@ -137,16 +137,14 @@ Rows sorted_rows(const Check& c, const Tensor& offsets, const OptTensor& weights
   return rows;
 }
 
-Tensor empty_huge(const Tensor& like, const int64_t (&sizes)[3], int32_t dtype) {
+template <size_t N> Tensor empty_huge(const Tensor& like, const int64_t (&sizes)[N], int32_t dtype) {
   Tensor t = like.empty(sizes, dtype);
   advise_huge_pages(t.data(), t.numel() * (dtype == aoti_torch_dtype_float32() ? 4 : 2));
   return t;
 }
 
 Tensor saved_h(const Layer& l, const Tensor& x, int64_t rows, bool save) {
-  Tensor h = x.empty({save ? rows : 0, 2 * l.F}, x.dtype());
-  if (save) advise_huge_pages(h.data(), h.numel() * l.bytes);
-  return h;
+  return empty_huge(x, {save ? rows : 0, 2 * l.F}, x.dtype());
 }
 
 std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& gate_up, const OptTensor& up,

@@ -13,9 +13,6 @@ void up_block(const Layer& l, const Rows& rows, const Task& t, float* scratch, c
 // out[t] = sum over the token's rows of per_row[r] (times its weight)
 void combine_tokens(const Layer& l, const Rows& rows, const char* per_row, bool weighted, char* out);
 
-// [T * K]: the row of a (token, slot), -1 where it is dropped
-std::vector<int32_t> inverse(const Layer& l, const Rows& rows);
-
 // Where a weight's gradient goes; null: not wanted.
 struct WeightGrad {
   Output mode = Output::overwrite;

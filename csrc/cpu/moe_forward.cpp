@@ -42,6 +42,13 @@ void down_projection(const Layer& l, const Rows& rows, const char* a, bool weigh
     expert_kernels().store_rows[dt]({c, n, M, n, bias, row_weight, y + (t.m0 * l.D + t.n0) * l.bytes, l.D});
   });
 }
+
+// [T * K]: the row of a (token, slot), -1 where it is dropped
+std::vector<int32_t> inverse(const Layer& l, const Rows& rows) {
+  std::vector<int32_t> row_of(l.T * rows.K, -1);
+  for (int64_t r = 0; r < rows.count(); r++) row_of[rows.flat[r]] = static_cast<int32_t>(r);
+  return row_of;
+}
 }  // namespace
 
 void up_block(const Layer& l, const Rows& rows, const Task& t, float* scratch, char* h, char* a) {
@@ -85,12 +92,6 @@ void combine_tokens(const Layer& l, const Rows& rows, const char* per_row, bool 
       from[0] = y, weight[0] = 1.f, n = 1;
     }
   }
-}
-
-std::vector<int32_t> inverse(const Layer& l, const Rows& rows) {
-  std::vector<int32_t> row_of(l.T * rows.K, -1);
-  for (int64_t r = 0; r < rows.count(); r++) row_of[rows.flat[r]] = static_cast<int32_t>(r);
-  return row_of;
 }
 
 void experts_forward(const Layer& l, const Rows& rows, bool sorted, char* h, char* y) {

@@ -41,7 +41,7 @@ static inline void put_row(bf16* o, const vf acc[2], int64_t n, Output mode, boo
 }
 #endif
 
-// A in groups along R: out[g][stride], columns past M as zeros.
+// Columns m0 .. m0 + M in groups along R: out[g][stride], those past M as zeros.
 template <class T>
 static void pack_columns(const T* const* rows, int64_t R, int64_t m0, int64_t M, int64_t stride,
                          typename Operand<T>::Group* out) {
@@ -75,14 +75,8 @@ template <class T, class TO> void wgrad_gemm_kernel(const WgradBlock& w) {
       w.mode == Output::overwrite && reinterpret_cast<uintptr_t>(out) % 64 == 0 && w.ldo * sizeof(TO) % 64 == 0;
   for (int64_t n0 = 0; n0 < w.N; n0 += room * kPanel) {
     const int64_t n1 = w.N - n0 < room * kPanel ? w.N : n0 + room * kPanel;
-    for (int64_t n = n0; n < n1; n += kPanel) {
-      Group* panel = b_pack + (n - n0) / kPanel * panel_groups;
-      for (int64_t r = 0; r < w.R; r += Op::K_STEP, panel += kPanel) {
-        typename Op::Vec v[2];
-        Op::interleave(b[r] + n, r + 1 < w.R ? b[r + 1] + n : nullptr, n1 - n < kPanel ? n1 - n : kPanel, v);
-        memcpy(panel, v, sizeof v);
-      }
-    }
+    for (int64_t n = n0; n < n1; n += kPanel)
+      pack_columns(b, w.R, n, n1 - n, kPanel, b_pack + (n - n0) / kPanel * panel_groups);
     for (int64_t m = 0; m < w.M; m += kOuterTile) {
       const int64_t rows = w.M - m < kOuterTile ? w.M - m : kOuterTile;
       for (int64_t n = n0; n < n1; n += kPanel) {

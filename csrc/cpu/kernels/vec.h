@@ -38,27 +38,12 @@ static inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 
 // ---- scalar conversions
 static inline float to_float(float x) { return x; }
-static inline float to_float(bf16 x) {
-  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
+static inline float to_float(bf16 x) { return bf16_to_float(x.bits); }
 static inline float to_float(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, mag = x.bits & 0x7fff;
-  float f;
-  if (mag >= 0x7c00) {  // inf, nan
-    const uint32_t u = sign | 0x7f800000 | (mag & 0x3ff) << 13;
-    memcpy(&f, &u, 4);
-    return f;
-  }
-  const uint32_t u = mag << 13;  // as a float it is 2^-112 times too small, subnormals included
-  memcpy(&f, &u, 4);
-  f *= 0x1p112f;
-  return sign ? -f : f;
+  return f16_to_float(x.bits);
 #endif
 }
 static inline void from_float(float x, float* out) { *out = x; }
