@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import sail_ops
 from benchmarks.cases import DTYPES, MoeCase
 from benchmarks.layer import Layer
 
@@ -23,6 +24,7 @@ def training_step(layer: Layer, name: str) -> dict[str, int | None]:
     warm.run(name)
     saved = saved_bytes(layer, name)
     layer.prepare(name)
+    sail_ops.empty_cache()  # else buffers kept from the step before would hide the transient ones
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS, see man 5 proc
     before = resident_bytes("VmRSS")
     layer.run(name)

@@ -78,7 +78,10 @@ def variant_table(results: Row) -> str:
 
 
 def memory_table(results: Row) -> str:
-    """Bytes a token of one training step with dW in place, beside what the design allows."""
+    """Bytes a token of one training step with dW in place, beside what the design allows a token.
+
+    What does not grow with tokens, such as the threads' scratch, is in what was measured.
+    """
     header = ["memory, bytes a token", "saved for backward", "allowed", "transient peak", "allowed"]
     lines = []
     for info in (row["extra_info"] for row in results["benchmarks"] if row["extra_info"].get("kind") == "memory"):
@@ -103,16 +106,30 @@ def verdict(results: Row) -> str:
     """Does "3x faster training" hold? By baseline and by where dW goes, over both routings and sizes, in bf16."""
     lines = []
     for peer, label in PEERS.items():
+        note = ", an artefact" if peer == "stock_eager" else ""
         for gradients, where in GRADIENTS.items():
             rows = infos(results, "moe", dtype="bf16", gradients=gradients)
-            ratios = [i["speedup"][peer] for i in rows if peer in i["speedup"]]
-            if ratios:
-                low, high = min(ratios), max(ratios)
-                holds = "yes" if low >= 3 else "no" if high < 3 else "in part"
-                span = f"{low:.2f}x" if low == high else f"{low:.2f}x to {high:.2f}x"
-                note = ", an artefact" if peer == "stock_eager" else ""
-                lines.append([f"{label}{note}", where, span, holds])
-    return table(["bf16 training against", "dW", "ours is faster by", "3x?"], lines)
+            lines.append([f"{label}{note}", where, [i["speedup"][peer] for i in rows if peer in i["speedup"]]])
+        lines.append([f"{label}{note}", "its fastest of these, ours added in place", against_best(results, peer)])
+    shown = [[label, where, *claim(ratios)] for label, where, ratios in lines if ratios]
+    return table(["bf16 training against", "dW", "ours is faster by", "3x?"], shown)
+
+
+def against_best(results: Row, peer: str) -> list[float]:
+    """A peer's time over ours with dW in place, whichever way of keeping dW is the peer's fastest."""
+    rows = [i for i in infos(results, "moe", dtype="bf16", mode="train") if peer in i["ms"]]
+    ratios = []
+    for ours in (i for i in rows if i["case"]["gradients"] == "in_place"):
+        same = [i for i in rows if all(i["case"][key] == ours["case"][key] for key in ("routing", "T"))]
+        ratios.append(min(i["ms"][peer] for i in same) / ours["ms"]["sail"])
+    return ratios
+
+
+def claim(ratios: list[float]) -> tuple[str, str]:
+    """The span of the ratios, and whether 3x holds for all, some or none of them."""
+    low, high = min(ratios), max(ratios)
+    span = f"{low:.2f}x" if low == high else f"{low:.2f}x to {high:.2f}x"
+    return span, "yes" if low >= 3 else "no" if high < 3 else "in part"
 
 
 def summary(results: Row) -> str:

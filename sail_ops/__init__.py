@@ -1,5 +1,6 @@
 """Fused operators for mixture-of-experts models: the public list, nothing else."""
 
+from ._library import empty_cache
 from .activation import swiglu
 from .moe import fused_experts, grouped_experts, grouped_mm
 from .norm import add_rms_norm, rms_norm
@@ -9,6 +10,7 @@ from .routing import load_balancing_loss, route_topk
 __all__ = [
     "Routing",
     "add_rms_norm",
+    "empty_cache",
     "fused_experts",
     "grouped_experts",
     "grouped_mm",

@@ -76,10 +76,10 @@ void multiply(const Problem& p, const char* a, int64_t a_row_bytes, int64_t dept
 void weight_gradient(const Problem& p, const char* dy, char* dw) {
   const int64_t rows = p.k_contiguous ? p.n : p.k, columns = p.k_contiguous ? p.k : p.n;
   std::vector<Task> tasks;
-  int64_t scratch_bytes = kWgradScratch;
+  int64_t scratch_bytes = 0;
   for (int32_t e = 0; e < p.E; e++) {
     const int64_t R = p.offsets[e + 1] - p.offsets[e], most = wgrad_rows(R);
-    scratch_bytes = std::max(scratch_bytes, wgrad_scratch(R, most));
+    scratch_bytes = std::max(scratch_bytes, wgrad_scratch(R, most, columns));
     for_pieces(0, rows, most, [&](int64_t m0, int64_t m1) { tasks.push_back({0, e, m0, m1, 0, columns}); });
   }
   run_tasks(tasks, num_threads(), scratch_bytes, [&](const Task& t, char* scratch) {

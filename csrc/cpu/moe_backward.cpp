@@ -132,7 +132,7 @@ int64_t second_scratch(const Pass& p) {
   int64_t most = p.g.x ? kOuterRows * kBlockColumns * 4 + kOuterScratch : 0;
   for (int64_t e = 0; e < p.l.E && (p.g.down || p.g.gate_up.gate); e++) {
     const int64_t R = p.rows.offsets[e + 1] - p.rows.offsets[e];
-    most = std::max({most, kWgradScratch, wgrad_scratch(R, wgrad_rows(R))});
+    most = std::max(most, wgrad_scratch(R, wgrad_rows(R), std::max(p.l.D, p.l.F)));
   }
   return most;
 }

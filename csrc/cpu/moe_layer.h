@@ -67,7 +67,11 @@ template <class F> void for_pieces(int64_t begin, int64_t end, int64_t most, F&&
 inline int64_t block_rows(int64_t row_bytes) { return std::clamp<int64_t>((512 << 10) / row_bytes, 16, kOuterRows); }
 
 // ---- weight gradients, shared with grouped_mm
-constexpr int64_t kWgradScratch = 1536 << 10;  // packed operands of one task
+// Bytes for the packed operands of one task of M outputs times N: all of them where they are few, at most 1.5 MB of
+// them at a time where they are many.
+inline int64_t wgrad_scratch(int64_t R, int64_t M, int64_t N) {
+  return std::max(wgrad_scratch(R, M), std::min<int64_t>(1536 << 10, (R + 1) * (M + N + 128) * 4));
+}
 
 // Outputs a task: few enough that its packed columns stay below 1 MB, however many rows the expert has.
 inline int64_t wgrad_rows(int64_t R) { return std::clamp<int64_t>((1 << 20) / (4 * (R + 1)) - 64, 12, 384); }
@@ -83,7 +87,7 @@ inline void wgrad_block(DType dtype, bool fp32, const std::vector<const void*>& 
   }
   const auto& table = fp32 ? gemm_kernels().wgrad_gemm_f32 : gemm_kernels().wgrad_gemm;
   table[static_cast<int>(dtype)](
-      {a_rows.data(), b_rows.data(), R, m0, M, N, out, N, mode, scratch, std::max(kWgradScratch, wgrad_scratch(R, M))});
+      {a_rows.data(), b_rows.data(), R, m0, M, N, out, N, mode, scratch, wgrad_scratch(R, M, N)});
 }
 
 // int32 cumulative ends [E] as offsets [E + 1]

@@ -26,7 +26,7 @@ class Kept {
  public:
   void* take(int64_t& bytes) {  // sets bytes to the block's own size
     for (Block& b : blocks_)
-      if (b.p && b.bytes >= bytes && b.bytes <= bytes + bytes / 2) {
+      if (b.p && b.bytes >= bytes && b.bytes <= bytes + bytes / 4) {
         bytes = b.bytes;
         return std::exchange(b.p, nullptr);
       }
@@ -39,9 +39,10 @@ class Kept {
     next_ = (next_ + 1) % kCount;
     return true;
   }
-  ~Kept() {
-    for (Block& b : blocks_) std::free(b.p);
+  void free_all() {
+    for (Block& b : blocks_) std::free(std::exchange(b.p, nullptr));
   }
+  ~Kept() { free_all(); }
 
  private:
   static constexpr int64_t kCount = 6, kKeptBytes = 384 << 20;
@@ -68,12 +69,12 @@ class Buffer {  // uninitialized, 64-byte aligned
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   template <class T = char> T* get() const { return static_cast<T*>(p_); }
-
- private:
-  static Kept& kept() {
+  static Kept& kept() {  // of this thread
     thread_local Kept k;
     return k;
   }
+
+ private:
   void* p_ = nullptr;
   int64_t bytes_;
 };
