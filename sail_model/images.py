@@ -37,10 +37,10 @@ def load_image(source: ImageSource) -> Image.Image:
             raise ValueError(f"load_image: wanted uint8 [H, W, 3] or [H, W], got {source.dtype} {list(source.shape)}")
         source = Image.fromarray(source)
     try:
+        if isinstance(source, str | Path):
+            source = Path(source).read_bytes()  # so that no failure leaves the file open
         if isinstance(source, bytes):
             source = Image.open(io.BytesIO(source))
-        elif isinstance(source, str | Path):
-            source = Image.open(source)
         image = source.convert("RGB")
     except FileNotFoundError:
         raise

@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 128,
-            # 0.02 leaves a network this narrow almost linear at first: shapes are learned in twice the steps
+            # 0.02 leaves a network this narrow almost linear at first
             "initializer_range": 0.05,
         },
     },
