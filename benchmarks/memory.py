@@ -8,6 +8,7 @@ from torch import Tensor
 
 import sail_ops
 from benchmarks.cases import DTYPES, MoeCase
+from benchmarks.harness import Steps
 from benchmarks.layer import Layer
 
 
@@ -23,12 +24,7 @@ def training_step(layer: Layer, name: str) -> dict[str, int | None]:
     warm.prepare(name)
     warm.run(name)
     saved = saved_bytes(layer, name)
-    layer.prepare(name)
-    sail_ops.empty_cache()  # else buffers kept from the step before would hide the transient ones
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS, see man 5 proc
-    before = resident_bytes("VmRSS")
-    layer.run(name)
-    peak = resident_bytes("VmHWM") - before
+    peak = peak_bytes(layer, name)
     needed = saved - layer.x_TD.nbytes + 2 * layer.x_TD.nbytes
     allowed: tuple[int | None, int | None] = (None, None)
     if name.startswith("sail"):
@@ -41,6 +37,16 @@ def training_step(layer: Layer, name: str) -> dict[str, int | None]:
         "transient_formula": allowed[1],
         "tokens": layer.case.T,
     }
+
+
+def peak_bytes(steps: Steps, name: str) -> int:
+    """Growth of resident memory during one step, in a process that gives freed memory back (worker.EXACT_MEMORY)."""
+    steps.prepare(name)
+    sail_ops.empty_cache()  # else buffers kept from the step before would hide the transient ones
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS, see man 5 proc
+    before = resident_bytes("VmRSS")
+    steps.run(name)
+    return resident_bytes("VmHWM") - before
 
 
 def formula(case: MoeCase, *, recompute: bool) -> tuple[int, int]:

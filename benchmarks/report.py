@@ -102,6 +102,23 @@ def norm_table(results: Row) -> str:
     return table(["forward+backward", "dtype", "ms", "x torch", "GB/s", "of copy"], lines)
 
 
+def step_table(results: Row) -> str:
+    """A decoder layer's training step: every part alone, the whole, and the peak of memory it adds."""
+    lines = []
+    for i in infos(results, "step"):
+        ms = {name.removeprefix("sail "): time for name, time in i["parts_ms"].items() if name.startswith("sail ")}
+        for part, ours in ms.items():
+            lines.append([f"{i['case']['dtype']} {part}", ours, i["parts_ms"][f"transformers {part}"]])
+        lines.append([f"{i['case']['dtype']} whole layer", i["ms"]["sail"], i["ms"]["transformers"]])
+    shown = [[part, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}"] for part, ours, theirs in lines]
+    for i in infos(results, "step"):
+        peaks = [i["peak_bytes"][side] / 2**20 for side in ("sail", "transformers")]
+        shown.append(
+            [f"{i['case']['dtype']} peak memory, MiB", *(f"{p:,.0f}" for p in peaks), f"{peaks[1] / peaks[0]:.2f}"]
+        )
+    return table(["forward+backward of a layer", "ours, ms", "transformers, ms", "theirs / ours"], shown)
+
+
 def verdict(results: Row) -> str:
     """Does "3x faster training" hold? By baseline and by where dW goes, over both routings and sizes, in bf16."""
     lines = []
@@ -136,7 +153,7 @@ def summary(results: Row) -> str:
     """What a benchmark run prints at its end."""
     speed = speed_table(infos(results, "moe"))
     parts = [provenance(results), speed, speed and LEGEND, variant_table(results), memory_table(results)]
-    return "\n\n".join(part for part in [*parts, norm_table(results), verdict(results)] if part)
+    return "\n\n".join(part for part in [*parts, norm_table(results), step_table(results), verdict(results)] if part)
 
 
 def provenance(results: Row) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.cases import MoeCase
+from benchmarks.harness import Steps
 from benchmarks.layer import Layer
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -38,7 +39,12 @@ class Worker:
 
     def layer(self, case: MoeCase) -> "RemoteLayer":
         """Build the layer of `case` over there, in place of the one before."""
-        return RemoteLayer(self, self.call("build", case))
+        self.build(Layer, case)
+        return RemoteLayer(self)
+
+    def build(self, kind: type[Steps], *args: Any) -> None:
+        """Have `kind(*args)` over there answer the next calls, in place of the one before."""
+        self.call("build", kind, *args)
 
     def call(self, method: str, *args: Any) -> Any:
         """Run `method` over there and wait for what it returns."""
@@ -57,8 +63,8 @@ class Worker:
 class RemoteLayer:
     """`Layer`'s methods, in the worker."""
 
-    def __init__(self, worker: Worker, hit: float):
-        self._worker, self.hit = worker, hit
+    def __init__(self, worker: Worker):
+        self._worker, self.hit = worker, worker.call("hit")
 
     def prepare(self, name: str) -> None:
         """`Layer.prepare`."""
@@ -70,23 +76,25 @@ class RemoteLayer:
 
     def memory(self, name: str) -> dict[str, int | None]:
         """`memory.training_step` of the layer."""
-        return self._worker.call("memory", name)
+        return self._worker.call("training_step", name)
 
 
 def _serve(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
-    layer: Layer | None = None
+    steps: Any = None
     while True:
         try:
             method, args = connection.recv()
         except EOFError:
             return
+        result: Any = None
         if method == "build":
-            layer = None  # freed before the next one is made
-            layer = Layer(*args)
-            result: Any = layer.hit
-        elif method == "memory":
-            result = memory.training_step(layer, *args)
+            steps = None  # freed before the next one is made
+            steps = args[0](*args[1:])
+        elif method == "hit":
+            result = steps.hit
+        elif method in ("training_step", "peak_bytes"):
+            result = getattr(memory, method)(steps, *args)
         else:
-            result = getattr(layer, method)(*args)
+            getattr(steps, method)(*args)
         connection.send(result)
