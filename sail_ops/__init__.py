@@ -2,6 +2,7 @@
 
 from ._library import empty_cache
 from .activation import swiglu
+from .attention import attention, attention_varlen
 from .moe import fused_experts, grouped_experts, grouped_mm
 from .norm import add_rms_norm, rms_norm
 from .reference import Routing
@@ -11,6 +12,8 @@ __all__ = [
     "Routing",
     "add_rms_norm",
     "empty_cache",
+    "attention",
+    "attention_varlen",
     "fused_experts",
     "grouped_experts",
     "grouped_mm",

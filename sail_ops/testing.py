@@ -54,6 +54,34 @@ EXPERTS_CASES: dict[str, ExpertsCase] = {
 }
 
 
+class AttentionCase(NamedTuple):
+    """B batch, S queries and L keys of a sequence, H query heads, G key/value heads, A head dim."""
+
+    B: int
+    S: int
+    L: int
+    H: int
+    G: int
+    A: int
+    causal: bool = False
+
+
+ATTENTION_CASES: dict[str, AttentionCase] = {
+    "one_token": AttentionCase(8, 1, 1, 4, 2, 64, causal=True),
+    "odd": AttentionCase(1, 199, 199, 4, 2, 80, causal=True),
+    "full": AttentionCase(2, 131, 131, 3, 3, 72),
+    "one_key_head": AttentionCase(1, 70, 70, 6, 1, 96, causal=True),
+    "more_keys": AttentionCase(1, 61, 150, 4, 2, 64, causal=True),
+    "fewer_keys": AttentionCase(1, 150, 33, 4, 2, 64),
+    "narrow": AttentionCase(16, 40, 37, 2, 1, 7),
+    "widest": AttentionCase(1, 67, 135, 2, 1, 256, causal=True),
+    "heads_of_two_blocks": AttentionCase(1, 9, 30, 140, 1, 64, causal=True),
+    "decode_one": AttentionCase(2, 1, 1100, 8, 2, 128, causal=True),
+    "decode_some": AttentionCase(1, 5, 700, 8, 2, 128, causal=True),
+    "model": AttentionCase(1, 300, 300, 8, 2, 128, causal=True),
+}
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
     """Normal values of the given scale, the same on every call with the same seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +162,8 @@ def check_op(
 
     `reference` runs on the same values in fp64; `base` (default: `reference`) in the given dtypes. Tensors may be
     nested in tuples and keyword arguments. Integer outputs must be equal to those of the fp64 run.
-    `pool`: by the input's name ("args[1]", "kwargs['scale']"), how many rows of its gradient are judged together.
+    `pool`: by the input's name ("args[1]", "kwargs['scale']"), how many rows of its gradient are judged together; also
+    by the output's ("outputs[0]").
     """
     got = run(op, *args, **kwargs)
     wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _double, (args, kwargs))
@@ -142,7 +171,7 @@ def check_op(
     eager = run(base or reference, *args, upstream=got.upstream, **kwargs)
     for i, (o, r, b) in enumerate(zip(got.outputs, want.outputs, eager.outputs, strict=True)):
         if o.is_floating_point():
-            assert_accurate(o, r, b, k, f"output {i}")
+            assert_accurate(o, r, b, k, f"output {i}", (pool or {}).get(f"outputs[{i}]", 1))
         else:
             assert o.dtype == r.dtype and torch.equal(o, r), f"output {i}: integers differ from the reference"
     for name, ref in want.gradients.items():
