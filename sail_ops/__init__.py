@@ -3,22 +3,29 @@
 from ._library import empty_cache
 from .activation import swiglu
 from .attention import attention, attention_varlen
+from .loss import linear_cross_entropy
 from .moe import fused_experts, grouped_experts, grouped_mm
-from .norm import add_rms_norm, rms_norm
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .reference import Routing
+from .rope import qk_norm_rope, rope
 from .routing import load_balancing_loss, route_topk
 
 __all__ = [
     "Routing",
+    "add_layer_norm",
     "add_rms_norm",
-    "empty_cache",
     "attention",
     "attention_varlen",
+    "empty_cache",
     "fused_experts",
     "grouped_experts",
     "grouped_mm",
+    "layer_norm",
+    "linear_cross_entropy",
     "load_balancing_loss",
+    "qk_norm_rope",
     "rms_norm",
+    "rope",
     "route_topk",
     "swiglu",
 ]
