@@ -102,6 +102,7 @@ def up_projection(layer: Layer, rows: Rows, row_tiles: RowTiles, h: Tensor | Non
         E,
         layer.clamp,
         ACTIVATION=layer.activation,
+        CLAMPED=layer.clamp < math.inf,
         EVEN_K=layer.even(D),
         **constants(tiles),
     )

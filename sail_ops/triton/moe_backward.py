@@ -4,6 +4,7 @@
 Expert outputs are neither stored nor computed again. What nobody needs is neither allocated nor computed.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ def _activations(layer: Layer, rows: Rows, dy: Tensor, h: Tensor, needs: int, dw
         E,
         layer.clamp,
         ACTIVATION=layer.activation,
+        CLAMPED=layer.clamp < math.inf,
         IN_PLACE=dh is h,
         EVEN_K=layer.even(D),
         **constants(tiles),

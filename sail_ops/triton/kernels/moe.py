@@ -49,6 +49,7 @@ def up_kernel(
     E,
     clamp,
     ACTIVATION: tl.constexpr,
+    CLAMPED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -104,8 +105,11 @@ def up_kernel(
         tl.store(h + at, acc_gate.to(h.dtype.element_ty), mask=ok)
         tl.store(h + F + at, acc_up.to(h.dtype.element_ty), mask=ok)
     if a is not None:
-        value, _ = activate(clamp_gate(acc_gate, clamp), ACTIVATION, x.dtype.element_ty == tl.float32)
-        value *= clamp_up(acc_up, clamp)
+        if CLAMPED:
+            acc_gate = clamp_gate(acc_gate, clamp)
+            acc_up = clamp_up(acc_up, clamp)
+        value, _ = activate(acc_gate, ACTIVATION, x.dtype.element_ty == tl.float32)
+        value *= acc_up
         a += first * F + n_first
         tl.store(a + m[:, None] * F + n[None, :], value.to(a.dtype.element_ty), mask=ok)
 
@@ -131,6 +135,7 @@ def activation_gradient_kernel(
     E,
     clamp,
     ACTIVATION: tl.constexpr,
+    CLAMPED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -167,24 +172,31 @@ def activation_gradient_kernel(
     up = tl.load(h + F + at, mask=ok, other=0.0).to(tl.float32)
     if IN_PLACE:
         tl.debug_barrier()  # no thread may write before all have read
-    act, slope = activate(clamp_gate(gate, clamp), ACTIVATION, h.dtype.element_ty == tl.float32)
-    up_in = clamp_up(up, clamp)
+    if CLAMPED:
+        gate_cut = gate > clamp
+        up_cut = (up > clamp) | (up < -clamp)
+        gate = clamp_gate(gate, clamp)
+        up = clamp_up(up, clamp)
+    act, slope = activate(gate, ACTIVATION, h.dtype.element_ty == tl.float32)
     weight = tl.full([BM], 1.0, tl.float32)
     if weights is not None:
         weight = weight_of(weights, order, first + m, row_ok)
     if dots is not None:
         dots += column.to(tl.int64) * R + first
-        tl.store(dots + m, tl.sum(da * (act * up_in), 1), mask=row_ok)
+        tl.store(dots + m, tl.sum(da * (act * up), 1), mask=row_ok)
     if a_weighted is not None:
         a_weighted += first * F + n_first
-        value = act * up_in * weight[:, None]
+        value = act * up * weight[:, None]
         tl.store(a_weighted + m[:, None] * F + n[None, :], value.to(a_weighted.dtype.element_ty), mask=ok)
     if dh is not None:
         dh += first * (2 * F) + n_first
         da *= weight[:, None]
-        dgate = tl.where(gate > clamp, 0.0, da * up_in * slope)
+        dgate = da * up * slope
+        dup = da * act
+        if CLAMPED:
+            dgate = tl.where(gate_cut, 0.0, dgate)
+            dup = tl.where(up_cut, 0.0, dup)
         tl.store(dh + at, dgate.to(dh.dtype.element_ty), mask=ok)
-        dup = tl.where((up > clamp) | (up < -clamp), 0.0, da * act)
         tl.store(dh + F + at, dup.to(dh.dtype.element_ty), mask=ok)
 
 
