@@ -53,7 +53,8 @@ def _check_ids(c: Check, ids: Tensor, logits: Tensor, k: int) -> None:
     c.integer("ids_TK", ids)
     if check_values():
         outside = ids[(ids < 0) | (ids >= E)].tolist()
-        c.that(not outside, "ids_TK", f"id {outside[:1]}", f"ids in [0, {E})")
+        if outside:
+            c.fail("ids_TK", f"id {outside[0]}", f"ids in [0, {E})")
 
 
 @on_device
@@ -74,7 +75,7 @@ def route_topk(
     chosen = logits.new_empty(T, k, dtype=torch.int64)
     counts, prob_sum = logits.new_empty(E, dtype=torch.int64), logits.new_empty(E, dtype=torch.float32)
     partial_counts = logits.new_empty(programs, E, dtype=torch.int32)
-    partial_sums = logits.new_empty(programs, E, dtype=torch.float32)
+    partial_sums = logits.new_empty(programs, E, dtype=torch.float64)
     launch(
         kernels.route_topk_kernel,
         (programs,),

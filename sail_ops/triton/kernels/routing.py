@@ -10,13 +10,19 @@ from .math import exp
 
 
 @triton.jit
+def wide_sum(x, AXIS: tl.constexpr):
+    """In fp64: a few additions an element, and the differences taken of such sums cancel."""
+    return tl.sum(x.to(tl.float64), AXIS).to(tl.float32)
+
+
+@triton.jit
 def softmax(logits, stride, t, t_ok, e, E):
     """Probabilities [BT, BE] in fp32, 0 in the padding; a NaN among the logits makes a row NaN."""
     ok = t_ok[:, None] & (e < E)[None, :]
     x = tl.load(logits + t[:, None] * stride + e[None, :], mask=ok, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 1)
     p = tl.where((e < E)[None, :], exp(x - top[:, None]), 0.0)
-    return tl.div_rn(p, tl.broadcast_to(tl.sum(p, 1)[:, None], p.shape))
+    return tl.div_rn(p, tl.broadcast_to(wide_sum(p, 1)[:, None], p.shape))
 
 
 @triton.jit(do_not_specialize=("T",))
@@ -69,11 +75,11 @@ def route_topk_kernel(
         counts += tl.sum((hit & keep[:, None]).to(tl.int32), 0)
         tl.store(ids + t * K + k, best.to(tl.int64), mask=t_ok)
     if RENORMALIZE:
-        chosen = tl.div_rn(chosen, tl.broadcast_to(tl.sum(chosen, 1)[:, None], chosen.shape))
+        chosen = tl.div_rn(chosen, tl.broadcast_to(wide_sum(chosen, 1)[:, None], chosen.shape))
     tl.store(weights + t[:, None] * K + slot[None, :], chosen, mask=t_ok[:, None] & (slot < K)[None, :])
     at = block.to(tl.int64) * E + e
     tl.store(partial_counts + at, counts, mask=e < E)
-    tl.store(partial_sums + at, tl.sum(tl.where(keep[:, None], p, 0.0), 0), mask=e < E)
+    tl.store(partial_sums + at, tl.sum(tl.where(keep[:, None], p, 0.0).to(tl.float64), 0), mask=e < E)
 
 
 @triton.jit(do_not_specialize=("T",))
@@ -104,21 +110,20 @@ def route_topk_backward_kernel(
             keep = tl.load(mask + t, mask=t_ok, other=0) != 0
         dp += tl.where(keep[:, None], tl.load(grad_prob_sum + e, mask=e < E, other=0.0)[None, :], 0.0)
     if grad_weights is not None:
-        total = tl.full([BT], 1.0, tl.float32)
-        dot = tl.zeros([BT], tl.float32)
+        total = tl.full([BT], 1.0, tl.float64)
+        dot = tl.zeros([BT], tl.float64)
         if RENORMALIZE:
             total -= 1.0
             for k in range(K):
                 best = tl.load(ids + t * K + k, mask=t_ok, other=-1)
-                chosen = tl.sum(tl.where(e[None, :] == best[:, None], p, 0.0), 1)
+                chosen = tl.sum(tl.where(e[None, :] == best[:, None], p, 0.0), 1).to(tl.float64)
                 total += chosen
-                dot += chosen * tl.load(grad_weights + t * K + k, mask=t_ok, other=0.0)
-            total = tl.where(t_ok, total, 1.0)
-            dot = tl.div_rn(dot, total)
+                dot += chosen * tl.load(grad_weights + t * K + k, mask=t_ok, other=0.0).to(tl.float64)
+            dot /= total
         for k in range(K):
             best = tl.load(ids + t * K + k, mask=t_ok, other=-1)
-            d = tl.div_rn(tl.load(grad_weights + t * K + k, mask=t_ok, other=0.0) - dot, total)
-            dp += tl.where(e[None, :] == best[:, None], d[:, None], 0.0)
+            d = (tl.load(grad_weights + t * K + k, mask=t_ok, other=0.0).to(tl.float64) - dot) / total
+            dp += tl.where(e[None, :] == best[:, None], d.to(tl.float32)[:, None], 0.0)
     dlogits += t[:, None] * E + e[None, :]
-    result = p * (dp - tl.sum(p * dp, 1)[:, None])
+    result = p * (dp - wide_sum(p * dp, 1)[:, None])
     tl.store(dlogits, result.to(dlogits.dtype.element_ty), mask=t_ok[:, None] & (e < E)[None, :])
