@@ -49,7 +49,7 @@ _SMALL = {  # 99 KB (sm_86, sm_89, sm_120)
     128: Tiles(128, 128, 32, 8, 3),
 }
 # fp32 goes through ordinary multiply-adds (TF32 would break the accuracy rule), whose operands sit in registers
-_FP32 = {bm: Tiles(min(bm, 64), 64, 16, 4, 2) for bm in _BM}
+_FP32 = {bm: Tiles(min(bm, 64), 64, 32, 8, 2) for bm in _BM}
 
 
 def rows_tiles(capability: tuple[int, int], dtype: torch.dtype, rows: int, experts: int) -> Tiles:
