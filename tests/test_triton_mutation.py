@@ -33,7 +33,10 @@ MUTANTS = {
     ),
     "gate and up swapped": Mutant("swiglu", "kernels/activation.py", "(value * u)", "(value * g)"),
     "ties to the higher id": Mutant(
-        "route_topk", "kernels/routing.py", "tl.min(tl.where(key ==", "tl.max(tl.where(key <"
+        "route_topk",
+        "kernels/routing.py",
+        "tl.min(tl.where(key == tl.max(key, 1)[:, None], e[None, :], BE), 1)",
+        "tl.max(tl.where(key == tl.max(key, 1)[:, None], e[None, :], -1), 1)",
     ),
     "end of the sum dropped": Mutant(
         "fused_experts", "kernels/gemm.py", "k_ok = k < depth - k0", "k_ok = k < depth - k0 - 1"

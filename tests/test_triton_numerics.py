@@ -16,7 +16,7 @@ FILES = ("moe", "moe_training", "grouped_mm", "norm", "routing", "activation", "
 
 
 def run(name: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", "--quick", f"{HERE}/test_{name}.py"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

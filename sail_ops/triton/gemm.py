@@ -26,7 +26,7 @@ def grouped_gemm(
     E, K, N = b.shape
     launch(
         kernels.gemm_kernel,
-        (row_tiles.count * blocks(N, tiles.BN),),
+        (row_tiles.total * blocks(N, tiles.BN),),
         a,
         a.stride(0),
         b,
@@ -38,8 +38,8 @@ def grouped_gemm(
         rows.offsets,
         row_tiles.expert,
         row_tiles.row,
-        row_tiles.count,
-        rows.count,
+        row_tiles.total,
+        rows.total,
         K,
         N,
         E,
@@ -62,7 +62,7 @@ def weight_gradient(
     """out[e] (+)= a^T . b over the expert's rows; `gather`: the operand has tokens, not rows. out [E, M, N] may have
     any stride between experts."""
     E, M, N = out.shape
-    tiles = configs.weight_tiles(capability(a.device), a.dtype, rows.count, E)
+    tiles = configs.weight_tiles(capability(a.device), a.dtype, rows.total, E)
     launch(
         kernels.weight_gradient_kernel,
         (E * blocks(M, tiles.BM) * blocks(N, tiles.BN),),

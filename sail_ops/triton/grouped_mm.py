@@ -56,7 +56,7 @@ def grouped_mm_backward(
     c.shape("dy", dy, x.shape[0], n)
     c.contiguous("dy", dy)
     c.same_device("dy", dy, x)
-    dx = dw = x.new_empty(0)
+    dx, dw = x.new_empty(0), x.new_empty(0)
     if need_x:
         dx = x.new_empty(x.shape)
         row_tiles = tiles_of(p.rows, p.tiles.BM, tail=True)

@@ -82,7 +82,7 @@ def up_projection(layer: Layer, rows: Rows, row_tiles: RowTiles, h: Tensor | Non
     tiles = layer.tiles.gated()
     launch(
         kernels.up_kernel,
-        (row_tiles.count * blocks(F, tiles.BN),),
+        (row_tiles.total * blocks(F, tiles.BN),),
         layer.x,
         layer.x.stride(0),
         rows.order,
@@ -96,7 +96,7 @@ def up_projection(layer: Layer, rows: Rows, row_tiles: RowTiles, h: Tensor | Non
         rows.offsets,
         row_tiles.expert,
         row_tiles.row,
-        row_tiles.count,
+        row_tiles.total,
         D,
         F,
         E,
@@ -133,11 +133,11 @@ def combine(rows: Rows, per_row: Tensor, weighted: bool, out: Tensor) -> None:
 def _forward(layer: Layer, rows: Rows, save_h: bool) -> tuple[Tensor, Tensor]:
     x, F, D = layer.x, layer.down.shape[2], layer.down.shape[1]
     is_sorted = rows.order is None
-    h = x.new_empty(rows.count if save_h else 0, 2 * F)
-    a = x.new_empty(rows.count, F)
+    h = x.new_empty(rows.total if save_h else 0, 2 * F)
+    a = x.new_empty(rows.total, F)
     row_tiles = tiles_of(rows, layer.tiles.BM, tail=is_sorted)
     up_projection(layer, rows, row_tiles, h if save_h else None, a)
-    y_rows = x.new_empty(rows.count, D)
+    y_rows = x.new_empty(rows.total, D)
     grouped_gemm(
         a,
         layer.down.transpose(1, 2),

@@ -37,7 +37,7 @@ class _Pass(NamedTuple):
 
 
 def _activations(layer: Layer, rows: Rows, dy: Tensor, h: Tensor, needs: int, dweights: Tensor | None) -> _Pass:
-    x, R, (E, D, F) = layer.x, rows.count, layer.down.shape
+    x, R, (E, D, F) = layer.x, rows.total, layer.down.shape
     row_tiles = tiles_of(rows, layer.tiles.BM, tail=rows.order is None)
     tiles = layer.tiles.gated()
     columns = blocks(F, tiles.BN)
@@ -50,7 +50,7 @@ def _activations(layer: Layer, rows: Rows, dy: Tensor, h: Tensor, needs: int, dw
     dots = x.new_empty(columns, R, dtype=torch.float32) if dweights is not None else None
     launch(
         kernels.activation_gradient_kernel,
-        (row_tiles.count * columns,),
+        (row_tiles.total * columns,),
         dy,
         rows.order,
         rows.top_k,
@@ -63,7 +63,7 @@ def _activations(layer: Layer, rows: Rows, dy: Tensor, h: Tensor, needs: int, dw
         rows.offsets,
         row_tiles.expert,
         row_tiles.row,
-        row_tiles.count,
+        row_tiles.total,
         R,
         D,
         F,
@@ -76,7 +76,7 @@ def _activations(layer: Layer, rows: Rows, dy: Tensor, h: Tensor, needs: int, dw
         **constants(tiles),
     )
     if dots is not None:
-        grid = (row_tiles.count,)
+        grid = (row_tiles.total,)
         launch(
             kernels.weight_dots_kernel,
             grid,
@@ -103,7 +103,7 @@ def _dx(p: _Pass) -> Tensor:
     layer, rows, dh = p.layer, p.rows, p.dh
     assert dh is not None
     is_sorted = rows.order is None
-    dx_rows = layer.x.new_empty(rows.count, layer.x.shape[1])
+    dx_rows = layer.x.new_empty(rows.total, layer.x.shape[1])
     grouped_gemm(dh, layer.gate, dx_rows, rows, p.row_tiles, layer.tiles, b_second=layer.up, zero_tail=is_sorted)
     if is_sorted:
         return dx_rows
@@ -168,7 +168,7 @@ def _backward(
     c.contiguous("dy", dy)
     c.same_device("dy", dy, x)
     if h.shape[0]:
-        c.shape("h", h, rows.count, 2 * F)
+        c.shape("h", h, rows.total, 2 * F)
         c.contiguous("h", h)
         c.dtype("h", h, x.dtype)
     if needs & _GATE_UP and main_gate_up is not None:
@@ -176,15 +176,15 @@ def _backward(
     if needs & _DOWN and main_down is not None:
         _check_main(c, (layer.down, None), (main_down, None))
 
-    none = x.new_empty(0)
-    shape = (rows.count,) if rows.order is None else (x.shape[0], rows.top_k)
+    shape = (rows.total,) if rows.order is None else (x.shape[0], rows.top_k)
     # zeros: what dropped ids and tail rows get
     dweights = x.new_zeros(shape if needs & _WEIGHTS else 0, dtype=torch.float32)
     p = _activations(layer, rows, dy, h, needs, dweights if needs & _WEIGHTS else None)
 
-    dx = _dx(p) if needs & _X else none
+    dx, dgate_up, dup, ddown, dgate_up_bias, ddown_bias = (x.new_empty(0) for _ in range(6))  # no two may be one
+    if needs & _X:
+        dx = _dx(p)
     accumulate = not needs & _OVERWRITE
-    dgate_up = dup = ddown = dgate_up_bias = ddown_bias = none
     if needs & _GATE_UP:
         assert p.dh is not None
         own = main_gate_up is None
@@ -194,13 +194,15 @@ def _backward(
         for half, out in enumerate(halves):
             dh = p.dh[:, half * F : (half + 1) * F]
             weight_gradient(dh, x, out, rows, gather_b=True, accumulate=accumulate and not own)
-        dgate_up, dup = (first if own else none), (second if own and second is not None else none)
+        if own:
+            dgate_up, dup = first, dup if second is None else second
     if needs & _DOWN:
         assert p.a_weighted is not None
         out = torch.empty_like(layer.down) if main_down is None else main_down
         adding = accumulate and main_down is not None
         weight_gradient(dy, p.a_weighted, out, rows, gather_a=True, accumulate=adding)
-        ddown = out if main_down is None else none
+        if main_down is None:
+            ddown = out
     if needs & _GATE_UP_BIAS:
         assert p.dh is not None
         dgate_up_bias = x.new_empty(layer.down.shape[0], 2 * F)

@@ -16,20 +16,20 @@ _TILES = 128  # row tiles of one program
 class Rows(NamedTuple):
     """Row r belongs to token order[r] // top_k, and to expert e where offsets[e] <= r < offsets[e + 1]."""
 
-    count: int  # of all rows, those that no expert owns included
+    total: int  # of all rows, those that no expert owns included
     top_k: int
-    order: Tensor | None  # [count] int64: row -> t * K + k; None: rows come sorted, and are their own tokens
-    row_of: Tensor | None  # [count] int32, its inverse
-    weights: Tensor | None  # [count], by t * K + k
+    order: Tensor | None  # [total] int64: row -> t * K + k; None: rows come sorted, and are their own tokens
+    row_of: Tensor | None  # [total] int32, its inverse
+    weights: Tensor | None  # [total], by t * K + k
     offsets: Tensor  # [E + 1] int32
 
 
 class RowTiles(NamedTuple):
-    """Up to `count` row tiles of BM rows; those past the last expert's have expert E."""
+    """Up to `total` row tiles of BM rows; those past the last expert's have expert E."""
 
-    count: int
-    expert: Tensor  # [count] int32
-    row: Tensor  # [count] int32, the first one
+    total: int
+    expert: Tensor  # [total] int32
+    row: Tensor  # [total] int32, the first one
 
 
 def route(c: Check, ids: Tensor, weights: Tensor, x: Tensor, E: int) -> Rows:
@@ -88,7 +88,7 @@ def check_offsets(c: Check, offsets: Tensor, x: Tensor, E: int) -> Tensor:
 def tiles_of(rows: Rows, BM: int, tail: bool) -> RowTiles:
     """`tail`: also tiles for the rows that no expert owns."""
     E = rows.offsets.shape[0] - 1
-    count = rows.count // BM + min(E + tail, rows.count)
+    count = rows.total // BM + min(E + tail, rows.total)
     expert, row = torch.empty(2, count, dtype=torch.int32, device=rows.offsets.device)
     experts = power_of_two(E, 16, 128)
     grid = (blocks(count, _TILES),)
