@@ -40,7 +40,7 @@ def use_triton(asked: bool = False) -> tuple[str, ...]:
     return names
 
 
-# SAIL_OPS_TRITON=1: in place of the library's kernels too, to compare them. Without CUDA in torch there is no use for it
+# SAIL_OPS_TRITON=1: in place of the library's kernels too, to compare them
 TRITON = use_triton(os.environ.get("SAIL_OPS_TRITON") == "1") if torch.version.cuda else ()
 
 
