@@ -55,5 +55,6 @@ $(VENV)/.demo: $(VENV)/.torch $(INSTALL_INPUTS)
 
 $(VENV)/.dev: $(VENV)/.torch $(INSTALL_INPUTS)
 	$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	$(PIP_INSTALL) --no-deps triton  # its interpreter and compiler need no GPU; a CPU build of torch does not bring it
 	$(PIP_INSTALL) --no-deps dashscope  # for the tokenizer's vocabulary; the 28 packages it asks for are not needed
 	touch $@ $(VENV)/.demo

@@ -31,7 +31,8 @@ def main() -> int:
     for name in operators():
         row = implementations(name)
         cpu = isa if row["CPU"] else "-"
-        print(f"{name:28}{cpu:16}{'kernel' if row['CUDA'] else '-':16}{'kernel' if row['PrivateUse1'] else '-'}")
+        cuda = "triton" if name in _library.TRITON else "kernel" if row["CUDA"] else "-"
+        print(f"{name:28}{cpu:16}{cuda:16}{'kernel' if row['PrivateUse1'] else '-'}")
     print("\n- : none; a call on such a tensor raises NotImplementedError")
     return 0
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from . import _triton
+
 # SAIL_OPS_LIBRARY_DIR: another build of the same version (sanitizers, mutation tests)
 _HERE = Path(os.environ.get("SAIL_OPS_LIBRARY_DIR") or Path(__file__).resolve().parent)
 CPU_LIBRARY = _HERE / "libsail_ops_cpu.so"
@@ -21,6 +23,25 @@ _cpu.sail_cpu_set_isa.argtypes = [ctypes.c_char_p]
 HAS_CUDA = bool(torch.version.cuda) and CUDA_LIBRARY.exists()
 if HAS_CUDA:
     torch.ops.load_library(str(CUDA_LIBRARY))
+
+
+def use_triton(asked: bool = False) -> tuple[str, ...]:
+    """Registers Triton's kernels for CUDA where the CUDA library has none for the cards here; returns the operators."""
+    reason = "the CUDA library is not built"
+    if HAS_CUDA:
+        library = ctypes.CDLL(str(CUDA_LIBRARY))
+        library.sail_cuda_archs.restype = ctypes.c_char_p
+        archs, cards = library.sail_cuda_archs().decode(), _triton.cards()
+        asked = asked or bool(cards) and not any(_triton.runs_on(archs, card) for card in cards)
+        reason = f"the CUDA library, built for sm_{archs.replace(',', ' and sm_')}, has none"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = tuple(n for n in _triton.OPERATORS if asked or not has(f"sail_ops::{n}", "CUDA"))
+    _triton.register(names, reason)
+    return names
+
+
+# SAIL_OPS_TRITON=1: in place of the library's kernels too, to compare them
+TRITON = use_triton(os.environ.get("SAIL_OPS_TRITON") == "1") if torch.version.cuda else ()
 
 
 def cpu_isa() -> str:

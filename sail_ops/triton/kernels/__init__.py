@@ -1,0 +1,1 @@
+"""Device code: pointers, sizes, strides; no torch. One file per host file that launches it."""
