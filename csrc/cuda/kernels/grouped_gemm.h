@@ -20,29 +20,12 @@ namespace sail::cuda {
 enum class Element { bf16 = 0, f16 = 1 };
 enum class Activation { silu = 0, gelu = 1, gelu_tanh = 2 };  // as in csrc/cpu/kernels/experts.h
 
-// n / value for 0 <= n < 2^31 by one multiplication (Granlund and Montgomery 1994): a gather divides once a row.
-struct Divisor {
-  uint32_t magic = 0, shift = 0;  // magic 0: divides by 1
-  static constexpr Divisor by(uint32_t value) {
-    uint32_t log = 0;  // ceil(log2(value))
-    while ((uint64_t{1} << log) < value) log++;
-    if (!log) return {};
-    const uint64_t power = uint64_t{1} << (31 + log);
-    return {static_cast<uint32_t>(power / value + 1), log - 1};
-  }
-  SAIL_HD constexpr int32_t operator()(int32_t n) const {
-    if (!magic) return n;
-    return static_cast<int32_t>((static_cast<uint64_t>(n) * magic) >> 32 >> shift);
-  }
-};
-
-// Row r of a matrix lies at data + row(r) * stride, row(r) = r, or index[r] / per for a gather.
+// Row r of a matrix lies at data + row(r) * stride, row(r) = r, or index[r] for a gather.
 struct Rows {
   const void* data;      // [.., width], contiguous along the width
   int64_t stride;        // elements between rows
-  const int32_t* index;  // [R] or null: r itself. For routed rows the flat (token, slot), per = Divisor::by(K)
-  Divisor per;
-  SAIL_HD int64_t row(int64_t r) const { return index ? per(index[r]) : r; }
+  const int32_t* index;  // [R] or null: r itself; for routed rows the token
+  SAIL_HD int64_t row(int64_t r) const { return index ? index[r] : r; }
 };
 
 // A matrix for every expert, held in one part or in two stacked by rows: gate over up. Row i of expert e lies at
