@@ -4,9 +4,7 @@
 // shared memory (each thread only its own, so no barrier), writes one row of `partial`, and sum_rows_kernel adds those
 // in a fixed order. Both orders depend on the shape alone, so every run gives the same bits.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "elements.cuh"
 
 namespace sail::cuda {
 constexpr int kRowsPerBlock = 32;  // partial sums then cost 1/16 of the traffic of x in bf16
@@ -26,23 +24,6 @@ struct RmsNormBackward {
   bool shared_dweight;  // D floats of dynamic shared memory were given
   float eps;
 };
-
-template <class T, int N> struct alignas(sizeof(T) * N) Vec {
-  T v[N];
-};
-
-template <class T, int N> __device__ void load(const T* p, float (&out)[N]) {
-  const Vec<T, N> u = *reinterpret_cast<const Vec<T, N>*>(p);
-#pragma unroll
-  for (int i = 0; i < N; i++) out[i] = static_cast<float>(u.v[i]);
-}
-
-template <class T, int N> __device__ void store(T* p, const float (&in)[N]) {
-  Vec<T, N> u;
-#pragma unroll
-  for (int i = 0; i < N; i++) u.v[i] = static_cast<T>(in[i]);
-  *reinterpret_cast<Vec<T, N>*>(p) = u;
-}
 
 // The sums of (a, b) over the block, in every thread.
 __device__ inline float2 block_sum(float2 s) {
@@ -92,7 +73,7 @@ template <class T, int N, bool kAdd> __global__ void rms_norm_kernel(RmsNormForw
 
 // dx = r (w g - x r^2 mean(w g x)) + grad_sum, dweight = sum over rows of g x r, with r = 1 / sqrt(mean(x^2) + eps)
 template <class T, int N> __global__ void rms_norm_backward_kernel(RmsNormBackward a) {
-  extern __shared__ float shared[];
+  float* shared = dynamic_shared<float>();
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t first = threadIdx.x * N, step = static_cast<int64_t>(blockDim.x) * N;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock;
