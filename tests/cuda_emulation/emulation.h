@@ -94,6 +94,7 @@ struct Block {
   std::vector<Fiber> fibers;
   int live = 0;
   Barrier barriers[16];
+  std::shared_ptr<void> more;  // the state of instructions emulated elsewhere
 };
 
 struct Machine {
@@ -174,7 +175,7 @@ inline void fiber_main() {
 }
 
 // Leaves the current fiber for another ready one, or for the launcher if there is none.
-inline void switch_away() {
+[[gnu::noinline]] inline void switch_away() {
   if (_setjmp(self().context) == 0) _longjmp(machine.main, 2);
 }
 
