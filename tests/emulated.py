@@ -1,7 +1,7 @@
 """Compiles CUDA kernels for the CPU: tests/cuda_emulation/emulation.h says how they run and what that shows.
 
-The C++ file exports functions that return emu::guard([&] { ... }); a Library calls them with tensors, numbers, sequences
-of integers, and None for a null pointer.
+The C++ file exports functions that return emu::guard([&] { ... }); a Library calls them with tensors, numbers,
+sequences of integers, and None for a null pointer.
 """
 
 import ctypes

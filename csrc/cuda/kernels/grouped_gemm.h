@@ -10,7 +10,7 @@
 #pragma once
 #include <stdint.h>
 
-#if defined(__CUDACC__) || defined(SAIL_EMULATE_CUDA)
+#ifdef __CUDACC__
 #define SAIL_HD __host__ __device__
 #else
 #define SAIL_HD
