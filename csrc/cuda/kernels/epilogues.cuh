@@ -1,57 +1,75 @@
-// What becomes of the products, two adjacent columns of a row at a time: that is how the fragments of mma.sync and of
-// wgmma hold them. A mainloop makes an epilogue, calls row(e, r) once for each of its rows, and of what it gets
-//   pair(n, x, y)         for columns n and n + 1, n even (StoreRows, GatedBackward, StoreGrad)
-//   pair(f, gate, up)     for columns f and f + 1 of both halves (GatedForward)
-//   finish(n)             GatedBackward only: after the kDotColumns columns from n, by all lanes of the warp
-// Columns past the last are not stored. The arguments are those of grouped_gemm.h; T is their element.
+// What becomes of the products, eight adjacent columns of a row at a time: 16 bytes of bf16 or fp16, one access.
+// The fragments of mma.sync and of wgmma hold two columns of every eight in a lane and share a row among four lanes;
+// turn_quad gives each of the four a whole eight, of four neighboring ones. A mainloop makes an epilogue, calls row(e, r)
+// once for each of its rows r, and of what it gets
+//   eight(n, v)           for columns n .. n + 7, n a multiple of 8
+//   eight(f, gate, up)    kHalves: for columns f .. f + 7 of both
+//   finish(n)             kFinish: after the kDotColumns columns from n, by all lanes of the warp; a lane without a row
+//                         has asked for row(e, -1) and calls nothing else
+// Columns past the last are not stored. kWhole: every eight of every matrix starts on 16 bytes, and the columns are a
+// multiple of 8; `whole` says on the host whether they are. The arguments are those of grouped_gemm.h; T is the element.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "elements.cuh"
 #include "grouped_gemm.h"
 
 namespace sail::cuda {
-// ---- two elements
-template <class T> struct alignas(2 * sizeof(T)) Pair {
-  T x, y;
-};
-__device__ __forceinline__ Pair<float> make_pair(float x, float y, const float*) { return {x, y}; }
-template <class T> __device__ __forceinline__ Pair<T> make_pair(float x, float y, const T*) {
-  return {static_cast<T>(x), static_cast<T>(y)};
+// v[t] in lane q of four: columns 2 q and 2 q + 1 of eight t. After: v[s] is columns 2 s and 2 s + 1 of eight q.
+// By all lanes of the warp.
+__device__ __forceinline__ void turn_quad(float2 (&v)[4]) {
+  const int q = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2) {
+    const bool upper = q & d;
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      if (t & d) continue;
+      const float2 send = upper ? v[t] : v[t | d];
+      const float2 got = {__shfl_xor_sync(~0u, send.x, d), __shfl_xor_sync(~0u, send.y, d)};
+      v[upper ? t : t | d] = got;
+    }
+  }
 }
 
-// Pairs in one access need an even number of columns, and rows that start on a pair.
-template <class T> SAIL_HD bool whole_pairs(const void* p, int64_t columns, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T)) == 0 && columns % 2 == 0 && stride % 2 == 0;
+inline bool eights(const void* p, int64_t columns, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && columns % 8 == 0 && stride % 8 == 0;
 }
 
-// Columns n and n + 1 of a row of N columns
-template <class T> __device__ __forceinline__ void store_pair(T* row, int64_t n, int64_t N, bool whole, float2 v) {
-  if (whole) {
-    if (n < N) *reinterpret_cast<Pair<T>*>(row + n) = make_pair(v.x, v.y, row);
-    return;
+// Columns n .. n + 7 of a row of N
+template <bool kWhole, class T> __device__ __forceinline__ void store_eight(T* row, int64_t n, int64_t N,
+                                                                            float (&v)[8]) {
+  if constexpr (kWhole) {
+    if (n >= N) return;
+    constexpr int kVector = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < 8; i += kVector) store(row + n + i, *reinterpret_cast<float (*)[kVector]>(v + i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (n + i < N) row[n + i] = static_cast<T>(v[i]);
   }
-  if (n < N) row[n] = static_cast<T>(v.x);
-  if (n + 1 < N) row[n + 1] = static_cast<T>(v.y);
 }
-template <class T> __device__ __forceinline__ float2 load_pair(const T* row, int64_t n, int64_t N, bool whole) {
-  if (whole) {
-    if (n >= N) return {0.f, 0.f};
-    const Pair<T> v = *reinterpret_cast<const Pair<T>*>(row + n);
-    return {static_cast<float>(v.x), static_cast<float>(v.y)};
+template <bool kWhole, class T>
+__device__ __forceinline__ void load_eight(const T* row, int64_t n, int64_t N, float (&v)[8]) {
+  if constexpr (kWhole) {
+    constexpr int kVector = 16 / sizeof(T);
+    const int64_t from = n < N ? n : 0;  // what lies past the end is not used, only read
+#pragma unroll
+    for (int i = 0; i < 8; i += kVector) load(row + from + i, *reinterpret_cast<float (*)[kVector]>(v + i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = n + i < N ? static_cast<float>(row[n + i]) : 0.f;
   }
-  return {n < N ? static_cast<float>(row[n]) : 0.f, n + 1 < N ? static_cast<float>(row[n + 1]) : 0.f};
 }
 
 // ---- activations: the value, and with it the derivative
 struct Slope {
   float value, slope;
 };
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+__device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 struct Silu {
-  static __device__ __forceinline__ float value(float x) { return x * sigmoid(x); }
+  static __device__ __forceinline__ float value(float x) { return x * fast_sigmoid(x); }
   static __device__ __forceinline__ Slope both(float x) {
-    const float s = sigmoid(x);
+    const float s = fast_sigmoid(x);
     return {x * s, s * (1.f + x * (1.f - s))};
   }
 };
@@ -66,8 +84,10 @@ struct Gelu {
   }
 };
 struct GeluTanh {
-  // 0.5 * (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-  static __device__ __forceinline__ float gate(float x) { return sigmoid(x * (1.5957691f + 0.071354814f * x * x)); }
+  // 0.5 * (1 + tanh(u)) = fast_sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+  static __device__ __forceinline__ float gate(float x) {
+    return fast_sigmoid(x * (1.5957691f + 0.071354814f * x * x));
+  }
   static __device__ __forceinline__ float value(float x) { return x * gate(x); }
   static __device__ __forceinline__ Slope both(float x) {
     const float s = gate(x);
@@ -79,137 +99,150 @@ __device__ __forceinline__ float clamp_gate(float g, float limit) { return g > l
 __device__ __forceinline__ float clamp_up(float u, float limit) { return u > limit ? limit : u < -limit ? -limit : u; }
 
 // ---- out[r, n] = (C[r, n] + bias[e, n]) * weight[r]
-template <class T> struct StoreRowsEpilogue {
+template <class T, bool kWhole> struct StoreRowsEpilogue {
   using Arguments = StoreRows;
+  static constexpr bool kHalves = false, kFinish = false;
+  static bool whole(const RowsProblem& p, const StoreRows& a) {
+    return eights(a.out, p.N, a.out_stride) && eights(a.bias, p.N, p.N);
+  }
   StoreRows a;
   int64_t N, E;
-  bool whole;
-  __device__ StoreRowsEpilogue(const RowsProblem& p, const StoreRows& arguments)
-      : a(arguments), N(p.N), E(p.E), whole(whole_pairs<T>(a.out, N, a.out_stride)) {}
+  __device__ StoreRowsEpilogue(const RowsProblem& p, const StoreRows& arguments) : a(arguments), N(p.N), E(p.E) {}
 
   struct Row {
-    const StoreRowsEpilogue& o;
     T* out;
     const T* bias;
     float weight;
-    __device__ __forceinline__ void pair(int64_t n, float x, float y) const {
-      if (bias) {
-        const float2 b = load_pair(bias, n, o.N, false);
-        x += b.x, y += b.y;
-      }
-      store_pair(out, n, o.N, o.whole, {x * weight, y * weight});
+    int64_t N;
+    __device__ __forceinline__ void eight(int64_t n, float (&v)[8]) const {
+      float b[8] = {};
+      if (bias) load_eight<kWhole>(bias, n, N, b);
+#pragma unroll
+      for (int i = 0; i < 8; i++) v[i] = (v[i] + b[i]) * weight;
+      store_eight<kWhole>(out, n, N, v);
     }
   };
   __device__ __forceinline__ Row row(int64_t e, int64_t r) const {
-    return {*this, static_cast<T*>(a.out) + r * a.out_stride,
-            a.bias && e < E ? static_cast<const T*>(a.bias) + e * N : nullptr, a.weight && e < E ? a.weight[r] : 1.f};
+    return {static_cast<T*>(a.out) + r * a.out_stride,
+            a.bias && e < E ? static_cast<const T*>(a.bias) + e * N : nullptr, a.weight && e < E ? a.weight[r] : 1.f,
+            N};
   }
 };
 
 // ---- h = C + bias, a = act(h_gate) * h_up
-template <class T, class Act> struct GatedForwardEpilogue {
+template <class T, class Act, bool kWhole> struct GatedForwardEpilogue {
   using Arguments = GatedForward;
+  static constexpr bool kHalves = true, kFinish = false;
+  static bool whole(const RowsProblem& p, const GatedForward& a) {
+    return eights(a.bias, p.N, p.N) && eights(a.h, p.N, p.N) && eights(a.a, p.N, p.N);
+  }
   GatedForward a;
   int64_t F;
-  bool whole;
-  __device__ GatedForwardEpilogue(const RowsProblem& p, const GatedForward& arguments)
-      : a(arguments), F(p.N), whole(whole_pairs<T>(a.h, F, F) && whole_pairs<T>(a.a, F, F)) {}
+  __device__ GatedForwardEpilogue(const RowsProblem& p, const GatedForward& arguments) : a(arguments), F(p.N) {}
 
   struct Row {
-    const GatedForwardEpilogue& o;
     const T* bias;
     T *h, *out;
-    __device__ __forceinline__ void pair(int64_t f, float2 gate, float2 up) const {
+    int64_t F;
+    float clamp;
+    __device__ __forceinline__ void eight(int64_t f, float (&gate)[8], float (&up)[8]) const {
       if (bias) {
-        const float2 b = load_pair(bias, f, o.F, false), c = load_pair(bias + o.F, f, o.F, false);
-        gate.x += b.x, gate.y += b.y, up.x += c.x, up.y += c.y;
+        float b[8], c[8];
+        load_eight<kWhole>(bias, f, F, b), load_eight<kWhole>(bias + F, f, F, c);
+#pragma unroll
+        for (int i = 0; i < 8; i++) gate[i] += b[i], up[i] += c[i];
       }
-      if (h) store_pair(h, f, o.F, o.whole, gate), store_pair(h + o.F, f, o.F, o.whole, up);
-      if (out) store_pair(out, f, o.F, o.whole, {o.one(gate.x, up.x), o.one(gate.y, up.y)});
+      if (h) store_eight<kWhole>(h, f, F, gate), store_eight<kWhole>(h + F, f, F, up);
+      if (!out) return;
+#pragma unroll
+      for (int i = 0; i < 8; i++) gate[i] = Act::value(clamp_gate(gate[i], clamp)) * clamp_up(up[i], clamp);
+      store_eight<kWhole>(out, f, F, gate);
     }
   };
-  __device__ __forceinline__ float one(float gate, float up) const {
-    return Act::value(clamp_gate(gate, a.clamp)) * clamp_up(up, a.clamp);
-  }
   __device__ __forceinline__ Row row(int64_t e, int64_t r) const {
-    return {*this, a.bias ? static_cast<const T*>(a.bias) + e * 2 * F : nullptr,
-            a.h ? static_cast<T*>(a.h) + r * 2 * F : nullptr, a.a ? static_cast<T*>(a.a) + r * F : nullptr};
+    return {a.bias ? static_cast<const T*>(a.bias) + e * 2 * F : nullptr,
+            a.h ? static_cast<T*>(a.h) + r * 2 * F : nullptr, a.a ? static_cast<T*>(a.a) + r * F : nullptr, F, a.clamp};
   }
 };
 
 // ---- from C = dA and the saved h: dh, weight * a, and the routing weight's gradient
-template <class T, class Act> struct GatedBackwardEpilogue {
+template <class T, class Act, bool kWhole> struct GatedBackwardEpilogue {
   using Arguments = GatedBackward;
+  static constexpr bool kHalves = false, kFinish = true;
+  static bool whole(const RowsProblem& p, const GatedBackward& a) {
+    return eights(a.h, p.N, p.N) && eights(a.dh, p.N, p.N) && eights(a.a_weighted, p.N, p.N);
+  }
   GatedBackward a;
   int64_t F, R;
-  bool whole;
   __device__ GatedBackwardEpilogue(const RowsProblem& p, const GatedBackward& arguments)
-      : a(arguments),
-        F(p.N),
-        R(p.R),
-        whole(whole_pairs<T>(a.h, F, F) && whole_pairs<T>(a.dh, F, F) && whole_pairs<T>(a.a_weighted, F, F)) {}
+      : a(arguments), F(p.N), R(p.R) {}
 
-  struct One {
-    float dgate, dup, a_weighted;
-  };
   struct Row {
-    const GatedBackwardEpilogue& o;
-    int64_t r;  // negative: no row, only there for finish
-    float weight, dot;
-    __device__ __forceinline__ One one(float da, float gate, float up) {
-      const float limit = o.a.clamp;
-      const Slope act = Act::both(clamp_gate(gate, limit));
-      const float u = clamp_up(up, limit), value = act.value * u, d = da * weight;
-      dot = fmaf(da, value, dot);
-      return {gate > limit ? 0.f : d * u * act.slope, u != up ? 0.f : d * act.value, value * weight};
-    }
-    __device__ __forceinline__ void pair(int64_t f, float x, float y) {
-      const T* h = static_cast<const T*>(o.a.h) + r * 2 * o.F;
-      const float2 gate = load_pair(h, f, o.F, o.whole), up = load_pair(h + o.F, f, o.F, o.whole);
-      const One v = one(x, gate.x, up.x), w = one(y, gate.y, up.y);
-      if (o.a.dh) {
-        T* dh = static_cast<T*>(o.a.dh) + r * 2 * o.F;
-        store_pair(dh, f, o.F, o.whole, {v.dgate, w.dgate}), store_pair(dh + o.F, f, o.F, o.whole, {v.dup, w.dup});
+    const T* h;
+    T *dh, *a_weighted;
+    float* to_dot;
+    int64_t F, R;
+    float clamp, weight, dot;
+    __device__ __forceinline__ void eight(int64_t f, float (&da)[8]) {
+      float gate[8], up[8];
+      load_eight<kWhole>(h, f, F, gate), load_eight<kWhole>(h + F, f, F, up);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const Slope act = Act::both(clamp_gate(gate[i], clamp));
+        const float u = clamp_up(up[i], clamp), value = act.value * u, d = da[i] * weight;
+        dot = fmaf(da[i], value, dot);  // da is zero past the last column
+        gate[i] = gate[i] > clamp ? 0.f : d * u * act.slope;
+        up[i] = up[i] > clamp || up[i] < -clamp ? 0.f : d * act.value;
+        da[i] = value * weight;
       }
-      if (o.a.a_weighted)
-        store_pair(static_cast<T*>(o.a.a_weighted) + r * o.F, f, o.F, o.whole, {v.a_weighted, w.a_weighted});
+      if (dh) store_eight<kWhole>(dh, f, F, gate), store_eight<kWhole>(dh + F, f, F, up);
+      if (a_weighted) store_eight<kWhole>(a_weighted, f, F, da);
     }
     // Adds the sums of the four lanes that share the row.
     __device__ __forceinline__ void finish(int64_t n) {
-      if (!o.a.dot) return;
       dot += __shfl_xor_sync(~0u, dot, 1);
       dot += __shfl_xor_sync(~0u, dot, 2);
-      if (r >= 0 && n < o.F && threadIdx.x % 4 == 0) o.a.dot[n / kDotColumns * o.R + r] = dot;
+      if (to_dot && n < F && threadIdx.x % 4 == 0) to_dot[n / kDotColumns * R] = dot;
     }
   };
   __device__ __forceinline__ Row row(int64_t, int64_t r) const {
-    return {*this, r, a.weight && r >= 0 ? a.weight[r] : 1.f, 0.f};
+    return {static_cast<const T*>(a.h) + r * 2 * F,
+            a.dh ? static_cast<T*>(a.dh) + r * 2 * F : nullptr,
+            a.a_weighted ? static_cast<T*>(a.a_weighted) + r * F : nullptr,
+            a.dot && r >= 0 ? a.dot + r : nullptr,
+            F,
+            R,
+            a.clamp,
+            a.weight && r >= 0 ? a.weight[r] : 1.f,
+            0.f};
   }
 };
 
 // ---- out[e][m, n] = C or += C. TOut is T or float.
-template <class TOut, bool kAccumulate> struct StoreGradEpilogue {
+template <class TOut, bool kAccumulate, bool kWhole> struct StoreGradEpilogue {
+  static constexpr bool kHalves = false, kFinish = false;
+  static bool whole(const WgradProblem& p, const StoreGrad& a) {
+    return eights(a.out.first, p.N, a.out.row_stride) && eights(a.out.second, p.N, a.out.expert_stride);
+  }
   Stacked<void*> out;
   int64_t N;
-  bool whole;
-  __device__ StoreGradEpilogue(const WgradProblem& p, const StoreGrad& arguments)
-      : out(arguments.out),
-        N(p.N),
-        whole(whole_pairs<TOut>(out.first, N, out.row_stride) && whole_pairs<TOut>(out.second, N, out.expert_stride)) {}
+  __device__ StoreGradEpilogue(const WgradProblem& p, const StoreGrad& arguments) : out(arguments.out), N(p.N) {}
 
   struct Row {
-    const StoreGradEpilogue& o;
     TOut* to;
-    __device__ __forceinline__ void pair(int64_t n, float x, float y) const {
+    int64_t N;
+    __device__ __forceinline__ void eight(int64_t n, float (&v)[8]) const {
       if constexpr (kAccumulate) {
-        const float2 old = load_pair(to, n, o.N, o.whole);
-        x += old.x, y += old.y;
+        float old[8];
+        load_eight<kWhole>(to, n, N, old);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] += old[i];
       }
-      store_pair(to, n, o.N, o.whole, {x, y});
+      store_eight<kWhole>(to, n, N, v);
     }
   };
   __device__ __forceinline__ Row row(int64_t e, int64_t m) const {
-    return {*this, static_cast<TOut*>(m < out.split ? out.first : out.second) + out.at(e, m)};
+    return {static_cast<TOut*>(m < out.split ? out.first : out.second) + out.at(e, m), N};
   }
 };
 }  // namespace sail::cuda
