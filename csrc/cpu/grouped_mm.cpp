@@ -18,7 +18,7 @@ struct Problem : MatrixProblem {
 
 Problem check_problem(const Check& c, const Tensor& x, const Tensor& w, const Tensor& offsets) {
   const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
-  return {p, x, w, check_offsets(c, offsets, x, p.E)};
+  return {p, x, w, read_offsets(c, offsets, x, p.E)};
 }
 
 std::vector<Task> row_tasks(const Problem& p, int64_t columns, int64_t row_bytes) {

@@ -45,11 +45,11 @@ Rows route(const Check& c, const Tensor& ids, const Tensor& weights, const Tenso
 
 // Rows that come sorted, with cumulative ends; rows past the last end are the tail.
 Rows sorted_rows(const Check& c, const Tensor& offsets, const OptTensor& weights, const Tensor& x, int64_t E) {
+  check_sorted(c, offsets, weights, x, E);
   Rows rows;
-  rows.offsets = check_offsets(c, offsets, x, E);
+  rows.offsets = read_offsets(c, offsets, x, E);
   rows.flat.resize(rows.count());
   rows.weight.assign(rows.count(), 1.f);
-  if (weights) c.shape("weights", *weights, {x.size(0)}), check_routing_weights(c, *weights, x);
   for (int64_t r = 0; r < rows.count(); r++) {
     rows.flat[r] = static_cast<int32_t>(r);
     if (weights) rows.weight[r] = value_at(*weights, r * weights->stride(0));

@@ -27,6 +27,7 @@ inline std::string shape_text(const Tensor& t) {
 class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
+  const char* op() const { return op_; }
 
   [[noreturn]] void fail(const std::string& arg, const std::string& given, const std::string& wanted) const {
     throw std::invalid_argument("sail_ops." + std::string(op_) + ": " + arg + ": got " + given + ", expected " +

@@ -124,6 +124,12 @@ inline void check_ends(const Check& c, const Tensor& offsets, const Tensor& x, i
   c.that(x.size(0) <= INT32_MAX, "x", std::to_string(x.size(0)) + " rows", "at most 2147483647, what an int32 indexes");
 }
 
+// grouped_experts' ends [E] and routing weights [T]
+inline void check_sorted(const Check& c, const Tensor& ends, const OptTensor& weights, const Tensor& x, int64_t E) {
+  check_ends(c, ends, x, E);
+  if (weights) c.shape("weights", *weights, {x.size(0)}), check_routing_weights(c, *weights, x);
+}
+
 inline void check_end(const Check& c, int64_t e, int64_t end, int64_t before, int64_t rows) {
   c.that(end >= before && end <= rows, "offsets",
          std::to_string(end) + " at " + std::to_string(e) + " after " + std::to_string(before),
