@@ -23,9 +23,10 @@ __device__ __forceinline__ void turn_quad(float2 (&v)[4]) {
 #pragma unroll
     for (int t = 0; t < 4; t++) {
       if (t & d) continue;
-      const float2 send = upper ? v[t] : v[t | d];
+      const float2 low = v[t], high = v[t | d], send = upper ? low : high;
       const float2 got = {__shfl_xor_sync(~0u, send.x, d), __shfl_xor_sync(~0u, send.y, d)};
-      v[upper ? t : t | d] = got;
+      v[t] = upper ? got : low;
+      v[t | d] = upper ? high : got;
     }
   }
 }
