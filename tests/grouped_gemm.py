@@ -64,6 +64,7 @@ PROBLEMS = {
     "gathered": Problem((5, 130, 0, 30), 72, 96, gather=True),
     "tail_rows": Problem((20, 3), 80, 32, tail=140),
     "pitch": Problem((33, 9), 72, 48, pitch=8),
+    "narrow": Problem((30, 12), 40, 20, pitch=4),
     "odd": Problem((9, 0, 70), 77, 45, gather=True),
     "shifted": Problem((40, 11), 64, 64, shift=1),
     "tiny": Problem((1, 2), 3, 1),
