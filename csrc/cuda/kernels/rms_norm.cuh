@@ -109,7 +109,7 @@ template <class T, int N> __global__ void rms_norm_backward_kernel(RmsNormBackwa
         load(weight + c, w);
         if (a.grad_sum) load(static_cast<const T*>(a.grad_sum) + row * a.grad_sum_stride + c, extra);
 #pragma unroll
-        for (int i = 0; i < N; i++) x[i] = fmaf(w[i] * g[i] - x[i] * mean, r, extra[i]);
+        for (int i = 0; i < N; i++) x[i] = fmaf(fmaf(-x[i], mean, w[i] * g[i]), r, extra[i]);
         store(static_cast<T*>(a.dx) + row * a.D + c, x);
       }
     }
