@@ -40,7 +40,7 @@ __device__ inline float2 block_sum(float2 s) {
 // 1 / sqrt(v), with one step of Newton's method: the hardware's is two units off, and a whole row with it.
 __device__ inline float inverse_root(float v) {
   const float r = rsqrtf(v);
-  return fmaf(0.5f * r, fmaf(-v * r, r, 1.f), r);
+  return v > 0.f && v < INFINITY ? fmaf(0.5f * r, fmaf(-v * r, r, 1.f), r) : r;
 }
 
 // y = v / sqrt(mean(v^2) + eps) * weight with v = x, or with kAdd v = sum = x + residual, rounded
