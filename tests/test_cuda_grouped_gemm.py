@@ -157,7 +157,7 @@ def test_no_bank_conflicts(library: emulated.Library) -> None:
 
 # ---- mutants
 KERNEL, OPERANDS, EPILOGUES = "grouped_gemm_sm80.cuh", "operands_sm80.cuh", "epilogues.cuh"
-LEFT = "left > 0 ? static_cast<int>(left) : 0"
+LEFT = "left > 0 ? left : 0"
 
 
 class Mutant(NamedTuple):
@@ -195,8 +195,8 @@ MUTANTS = {
     "step_swizzle": Mutant(OPERANDS, "at_ ^ static_cast<uint32_t>(step", "at_ + (step", store_rows, "deep"),
     "tail_of_k_dropped": Mutant(OPERANDS, LEFT, "0", store_rows, "narrow"),
     "past_the_row": Mutant(OPERANDS, LEFT, "left > 0 ? 8 : 0", store_rows, "narrow"),
-    "next_experts_rows": Mutant(OPERANDS, "row < rows_ ? elements_ : 0", "elements_", wgrad, "tails"),
-    "index_not_ahead": Mutant(OPERANDS, "read_keys(k + Tile::kRows);", "read_keys(k);", wgrad, "tails"),
+    "next_experts_rows": Mutant(OPERANDS, "k < rows_ - i * Mine::kStep ? elements_ : 0", "elements_", wgrad, "tails"),
+    "index_not_ahead": Mutant(OPERANDS, "look_ahead(k + Tile::kRows);", "look_ahead(k);", wgrad, "tails"),
     "empty_expert_skipped": Mutant(KERNEL, "if (!rows && arguments.accumulate)", "if (!rows)", wgrad, "tails"),
     "quad_not_turned": Mutant(EPILOGUES, "d < 4; d *= 2", "d < 2; d *= 2", store_rows, "even"),
     "gate_for_up": Mutant(KERNEL, "% 2 ? second : first", "% 2 ? first : second", gated_forward, "even"),

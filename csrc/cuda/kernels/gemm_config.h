@@ -19,6 +19,8 @@ template <int M, int N, int K, int WarpsM, int WarpsN, int Stages, int Blocks> s
 using Large = TileShape<128, 128, 32, 2, 2, 4, 2>;
 // From about 24 to 96 rows an expert, where Large computes more padding than products. 48 KB.
 using Medium = TileShape<64, 128, 32, 2, 2, 4, 3>;
+// The same for what needs more than the 168 registers of three blocks: GatedBackward, and operands without alignment.
+using Roomy = TileShape<64, 128, 32, 2, 2, 4, 2>;
 // Up to 16 rows an expert: bound by reading the weights, of which 3 x 17 KB a block are under way. 68 KB.
 using Small = TileShape<16, 256, 32, 1, 4, 4, 2>;
 
