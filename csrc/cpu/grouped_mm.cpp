@@ -8,38 +8,17 @@ namespace sail::cpu {
 namespace {
 constexpr int64_t kColumns = 1024;  // of fp32 results kept in the second-level cache
 
-struct Problem {
-  DType dtype;
-  int64_t bytes, R, k, n, E;
-  std::vector<int32_t> offsets;  // [E + 1]
+struct Problem : MatrixProblem {
   const Tensor &x, &w;
-  bool k_contiguous;  // w's last stride belongs to k
-  int64_t ldw;        // stride of the other of k and n
+  std::vector<int32_t> offsets;  // [E + 1]
 
   const char* x_row(int64_t r) const { return x.ptr<const char>() + r * x.stride(0) * bytes; }
   const char* weight(int64_t e) const { return w.ptr<const char>() + e * w.stride(0) * bytes; }
 };
 
 Problem check_problem(const Check& c, const Tensor& x, const Tensor& w, const Tensor& offsets) {
-  c.rank("x", x, 2);
-  c.rank("w", w, 3);
-  const DType dt = c.real("x", x);
-  c.dtype("w", w, x.dtype());
-  c.same_device("w", w, x);
-  Problem p{dt, dt == DType::f32 ? 4 : 2, x.size(0), x.size(1), w.size(2), w.size(0), {0}, x, w, false, 0};
-  c.that(w.size(1) == p.k, "w", "shape " + shape_text(w),
-         "[E, " + std::to_string(p.k) + ", n], x has k = " + std::to_string(p.k));
-  c.positive("x", "k", p.k);
-  c.positive("w", "n", p.n);
-  c.positive("w", "E", p.E);
-  c.that(x.stride(1) == 1 || p.k == 1, "x", "rows of stride " + std::to_string(x.stride(1)), "rows of stride 1");
-  const bool n_contiguous = (w.stride(2) == 1 || p.n == 1) && w.stride(1) >= p.n;
-  p.k_contiguous = !n_contiguous;
-  p.ldw = n_contiguous ? w.stride(1) : w.stride(2);
-  c.that(n_contiguous || ((w.stride(1) == 1 || p.k == 1) && w.stride(2) >= p.k), "w",
-         "strides " + std::to_string(w.stride(1)) + ", " + std::to_string(w.stride(2)), "stride 1 along k or along n");
-  p.offsets = check_offsets(c, offsets, x, p.E);
-  return p;
+  const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
+  return {p, x, w, read_offsets(c, offsets, x, p.E)};
 }
 
 std::vector<Task> row_tasks(const Problem& p, int64_t columns, int64_t row_bytes) {

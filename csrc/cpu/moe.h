@@ -13,20 +13,6 @@ void up_block(const Layer& l, const Rows& rows, const Task& t, float* scratch, c
 // out[t] = sum over the token's rows of per_row[r] (times its weight)
 void combine_tokens(const Layer& l, const Rows& rows, const char* per_row, bool weighted, char* out);
 
-// Where a weight's gradient goes; null: not wanted.
-struct WeightGrad {
-  Output mode = Output::overwrite;
-  bool fp32 = false;  // otherwise the operands' dtype
-};
-struct Gradients {
-  char* x = nullptr;  // [T, D]
-  GateUp gate_up;
-  WeightGrad gate_up_as;
-  char* down = nullptr;
-  WeightGrad down_as;
-  float* weight = nullptr;  // [R], in row order
-  char *gate_up_bias = nullptr, *down_bias = nullptr;
-};
-// h null: the pre-activation is computed again.
+// Gradients::weight is [R] here, in row order. h null: the pre-activation is computed again.
 void experts_backward(const Layer& l, const Rows& rows, bool sorted, const char* dy, const char* h, const Gradients& g);
 }  // namespace sail::cpu

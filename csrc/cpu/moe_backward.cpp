@@ -61,9 +61,10 @@ void Pass::activations(const Task& t, char* scratch) const {
   }
   float* dots = const_cast<float*>(dot.data()) + t.n0 / kBlockColumns * rows.count() + t.m0;
   const int64_t at = t.n0 * l.bytes;
-  expert_kernels().gated_backward[dt]({da, n, M, n, h_rows + at, h_rows + l.F * l.bytes + at, 2 * l.F, l.activation,
-                                       l.clamp, rows.weight.data() + t.m0, dh_row(t.m0, 0) + at, dh_row(t.m0, 1) + at,
-                                       2 * l.F, a_weighted.get() + (t.m0 * l.F + t.n0) * l.bytes, l.F, dots});
+  expert_kernels().gated_backward[dt]({da, n, M, n, h_rows + at, h_rows + l.F * l.bytes + at, 2 * l.F,
+                                       static_cast<Activation>(l.activation), l.clamp, rows.weight.data() + t.m0,
+                                       dh_row(t.m0, 0) + at, dh_row(t.m0, 1) + at, 2 * l.F,
+                                       a_weighted.get() + (t.m0 * l.F + t.n0) * l.bytes, l.F, dots});
 }
 
 void Pass::dx(const Task& t, char* scratch) const {
@@ -93,7 +94,8 @@ void Pass::wgrad(const Task& t, char* scratch) const {
     a_rows[r] = down ? dy_row(r0 + r) : dh_row(r0 + r, t.kind == kDup);
     b_rows[r] = down ? a_weighted.get() + (r0 + r) * l.F * l.bytes : l.x_row(rows, r0 + r);
   }
-  wgrad_block(l.dtype, as.fp32, a_rows, b_rows, t.m0, M, N, out, as.mode, scratch);
+  wgrad_block(l.dtype, as.fp32, a_rows, b_rows, t.m0, M, N, out, as.accumulate ? Output::accumulate : Output::overwrite,
+              scratch);
 }
 
 void Pass::biases(const Task& t) const {

@@ -65,8 +65,8 @@ void up_block(const Layer& l, const Rows& rows, const Task& t, float* scratch, c
   }
   char* h_gate = h ? h + t.n0 * l.bytes : nullptr;
   char* h_up = h ? h + (l.F + t.n0) * l.bytes : nullptr;
-  expert_kernels().gated_forward[dt](
-      {c[0], c[1], n, M, n, bias[0], bias[1], l.activation, l.clamp, h_gate, h_up, 2 * l.F, a, l.F});
+  expert_kernels().gated_forward[dt]({c[0], c[1], n, M, n, bias[0], bias[1], static_cast<Activation>(l.activation),
+                                      l.clamp, h_gate, h_up, 2 * l.F, a, l.F});
 }
 
 void combine_tokens(const Layer& l, const Rows& rows, const char* per_row, bool weighted, char* out) {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../torch/checks.h"
+#include "../torch/moe.h"
 #include "kernels/elements.h"
 #include "kernels/experts.h"
 #include "kernels/gemm.h"
@@ -13,13 +13,6 @@
 #include "workspace.h"
 
 namespace sail::cpu {
-
-// gate and up halves of [E, 2F, D], or of a pair of [E, F, D]; also of their gradients.
-struct GateUp {
-  char *gate = nullptr, *up = nullptr;
-  int64_t expert_bytes = 0;  // from one expert to the next
-  char* half(int which, int64_t e) const { return (which ? up : gate) + e * expert_bytes; }
-};
 
 // Rows in expert order: expert e owns rows offsets[e] .. offsets[e + 1].
 struct Rows {
@@ -30,17 +23,7 @@ struct Rows {
   int64_t count() const { return offsets.back(); }
 };
 
-struct Layer {
-  DType dtype;
-  int64_t bytes;  // of an element
-  int64_t T, D, F, E;
-  const char* x;
-  int64_t x_row_bytes;
-  GateUp gate_up;
-  char* down;
-  const char *gate_up_bias, *down_bias;  // [E, 2F], [E, D] or null
-  Activation activation;
-  float clamp;
+struct Layer : ExpertLayer {
   int threads;
 
   const char* x_row(const Rows& rows, int64_t r) const { return x + rows.flat[r] / rows.K * x_row_bytes; }
@@ -84,17 +67,11 @@ inline void wgrad_block(DType dtype, bool fp32, const std::vector<const void*>& 
 }
 
 // int32 cumulative ends [E] as offsets [E + 1]
-inline std::vector<int32_t> check_offsets(const Check& c, const Tensor& offsets, const Tensor& x, int64_t E) {
-  c.dtype("offsets", offsets, aoti_torch_dtype_int32());
-  c.shape("offsets", offsets, {E});
-  c.same_device("offsets", offsets, x);
-  c.that(x.size(0) <= INT32_MAX, "x", std::to_string(x.size(0)) + " rows", "at most 2147483647, what an int32 indexes");
+inline std::vector<int32_t> read_offsets(const Check& c, const Tensor& offsets, const Tensor& x, int64_t E) {
   std::vector<int32_t> all(1, 0);
   for (int64_t e = 0; e < E; e++) {
     const int32_t end = offsets.ptr<const int32_t>()[e * offsets.stride(0)];
-    c.that(end >= all.back() && end <= x.size(0), "offsets",
-           std::to_string(end) + " at " + std::to_string(e) + " after " + std::to_string(all.back()),
-           "ends that never fall and stay within " + std::to_string(x.size(0)) + " rows");
+    check_end(c, e, end, all.back(), x.size(0));
     all.push_back(end);
   }
   return all;

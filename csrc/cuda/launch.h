@@ -4,6 +4,7 @@
 
 #include "../torch/checks.h"
 #include "../torch/stable_abi_cuda.h"
+#include "kernels/elements.cuh"
 
 namespace sail::cuda {
 inline cudaStream_t current_stream(const Tensor& t) {
@@ -18,11 +19,39 @@ inline void check_launch(const char* op) {
   if (e != cudaSuccess) throw std::runtime_error("sail_ops." + std::string(op) + ": CUDA: " + cudaGetErrorString(e));
 }
 
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const A&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // check_launch sees its error
+}
+
+// 16 bytes a thread where every row of every tensor starts on 16 bytes
+inline bool aligned(int64_t element, std::initializer_list<const void*> pointers,
+                    std::initializer_list<int64_t> strides) {
+  uint64_t bits = 0;
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  for (int64_t s : strides) bits |= static_cast<uint64_t>(s * element);
+  return bits % 16 == 0;
+}
+
+// Calls f with (T{}, width of a vector): the one place where dtype and alignment become types.
+template <int N> struct Width {
+  static constexpr int value = N;
+};
+template <class F> void dispatch(DType dtype, bool vectors, F f) {
+  switch (dtype) {
+    case DType::f32: return vectors ? f(float{}, Width<4>{}) : f(float{}, Width<1>{});
+    case DType::bf16: return vectors ? f(__nv_bfloat16{}, Width<8>{}) : f(__nv_bfloat16{}, Width<1>{});
+    case DType::f16: return vectors ? f(__half{}, Width<8>{}) : f(__half{}, Width<1>{});
+  }
+}
+
 // Elements between the rows of [..., D]: the last dimension is contiguous, the others are walked by one stride.
 inline int64_t row_stride(const Check& c, const char* arg, const Tensor& t) {
-  const int64_t D = t.size(-1);
+  c.rows(arg, t);
   int64_t stride = 0, rows = 1;
-  bool even = D == 1 || t.stride(-1) == 1;
+  bool even = true;
   for (int64_t i = t.dim() - 2; i >= 0; i--) {
     if (t.size(i) == 1) continue;
     if (rows == 1) stride = t.stride(i);

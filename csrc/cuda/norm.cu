@@ -19,33 +19,12 @@ void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& 
 // [..., D] and [D]; returns the dtype
 DType check_x_weight(const Check& c, const Tensor& x, const Tensor& weight) {
   const DType dtype = c.real("x", x);
-  c.that(x.dim() >= 1, "x", "a scalar", "[..., D]");
-  c.positive("x", "D", x.size(-1));
+  c.rows("x", x);
   c.same_device("weight_D", weight, x);
   c.dtype("weight_D", weight, x.dtype());
   c.shape("weight_D", weight, {x.size(-1)});
   c.contiguous("weight_D", weight);
   return dtype;
-}
-
-// 16 bytes a thread where every row of every tensor starts on 16 bytes
-bool aligned(int64_t element, std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
-  uint64_t bits = 0;
-  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
-  for (int64_t s : strides) bits |= static_cast<uint64_t>(s * element);
-  return bits % 16 == 0;
-}
-
-// Calls f with (T{}, width of a vector): the one place where dtype and alignment become types.
-template <int N> struct Width {
-  static constexpr int value = N;
-};
-template <class F> void dispatch(DType dtype, bool vectors, F f) {
-  switch (dtype) {
-    case DType::f32: return vectors ? f(float{}, Width<4>{}) : f(float{}, Width<1>{});
-    case DType::bf16: return vectors ? f(__nv_bfloat16{}, Width<8>{}) : f(__nv_bfloat16{}, Width<1>{});
-    case DType::f16: return vectors ? f(__half{}, Width<8>{}) : f(__half{}, Width<1>{});
-  }
 }
 
 // Whole warps that cover a row once, at most 256 threads; not tuned, as no card has run it yet
@@ -65,7 +44,7 @@ void launch_forward(const char* op, DType dtype, const RmsNormForward& a, bool a
     using T = decltype(t);
     constexpr int N = decltype(width)::value;
     const auto kernel = add ? rms_norm_kernel<T, N, true> : rms_norm_kernel<T, N, false>;
-    kernel<<<grid, block_size(a.D, N), 0, stream>>>(a);
+    launch(kernel, grid, block_size(a.D, N), 0, stream, a);
   });
   check_launch(op);
 }
@@ -107,11 +86,11 @@ void launch_backward(DType dtype, RmsNormBackward a, const Tensor& x, void* dwei
     using T = decltype(t);
     constexpr int N = decltype(width)::value;
     if (blocks)
-      rms_norm_backward_kernel<T, N>
-          <<<static_cast<unsigned>(blocks), block_size(a.D, N), a.shared_dweight ? shared : 0, stream>>>(a);
+      launch(rms_norm_backward_kernel<T, N>, static_cast<unsigned>(blocks), block_size(a.D, N),
+             a.shared_dweight ? shared : 0, stream, a);
     if (!dweight) return;
     const auto columns = static_cast<unsigned>((a.D + kSumColumns - 1) / kSumColumns);
-    sum_rows_kernel<T><<<columns, dim3(kSumColumns, kSumGroups), 0, stream>>>(a.partial, blocks, a.D, dweight);
+    launch(sum_rows_kernel<T>, columns, dim3(kSumColumns, kSumGroups), 0, stream, a.partial, blocks, a.D, dweight);
   });
   check_launch("rms_norm_backward");
 }
@@ -144,6 +123,3 @@ const auto library = Library::impl("sail_ops", "CUDA")
                          .kernel<rms_norm_backward_cuda>("rms_norm_backward");
 }  // namespace
 }  // namespace sail::cuda
-
-// For `python -m sail_ops` (ctypes): what this library was compiled for.
-extern "C" __attribute__((visibility("default"))) const char* sail_cuda_archs() { return SAIL_CUDA_ARCHS; }

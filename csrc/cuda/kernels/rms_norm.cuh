@@ -4,9 +4,7 @@
 // shared memory (each thread only its own, so no barrier), writes one row of `partial`, and sum_rows_kernel adds those
 // in a fixed order. Both orders depend on the shape alone, so every run gives the same bits.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "elements.cuh"
 
 namespace sail::cuda {
 constexpr int kRowsPerBlock = 32;  // partial sums then cost 1/16 of the traffic of x in bf16
@@ -27,23 +25,6 @@ struct RmsNormBackward {
   float eps;
 };
 
-template <class T, int N> struct alignas(sizeof(T) * N) Vec {
-  T v[N];
-};
-
-template <class T, int N> __device__ void load(const T* p, float (&out)[N]) {
-  const Vec<T, N> u = *reinterpret_cast<const Vec<T, N>*>(p);
-#pragma unroll
-  for (int i = 0; i < N; i++) out[i] = static_cast<float>(u.v[i]);
-}
-
-template <class T, int N> __device__ void store(T* p, const float (&in)[N]) {
-  Vec<T, N> u;
-#pragma unroll
-  for (int i = 0; i < N; i++) u.v[i] = static_cast<T>(in[i]);
-  *reinterpret_cast<Vec<T, N>*>(p) = u;
-}
-
 // The sums of (a, b) over the block, in every thread.
 __device__ inline float2 block_sum(float2 s) {
   __shared__ float2 part[32];
@@ -54,6 +35,12 @@ __device__ inline float2 block_sum(float2 s) {
   for (int i = 0; i < blockDim.x / 32; i++) s.x += part[i].x, s.y += part[i].y;
   __syncthreads();  // the next row's sums overwrite part
   return s;
+}
+
+// 1 / sqrt(v), with one step of Newton's method: the hardware's is two units off, and a whole row with it.
+__device__ inline float inverse_root(float v) {
+  const float r = rsqrtf(v);
+  return v > 0.f && v < INFINITY ? fmaf(0.5f * r, fmaf(-v * r, r, 1.f), r) : r;
 }
 
 // y = v / sqrt(mean(v^2) + eps) * weight with v = x, or with kAdd v = sum = x + residual, rounded
@@ -78,7 +65,7 @@ template <class T, int N, bool kAdd> __global__ void rms_norm_kernel(RmsNormForw
 #pragma unroll
       for (int i = 0; i < N; i++) sums.x = fmaf(v[i], v[i], sums.x);
     }
-    const float r = rsqrtf(block_sum(sums).x / static_cast<float>(a.D) + a.eps);
+    const float r = inverse_root(block_sum(sums).x / static_cast<float>(a.D) + a.eps);
     for (int64_t c = first; c < a.D; c += step) {
       float v[N], w[N];
       load(kAdd ? sum + c : x + c, v);
@@ -92,7 +79,7 @@ template <class T, int N, bool kAdd> __global__ void rms_norm_kernel(RmsNormForw
 
 // dx = r (w g - x r^2 mean(w g x)) + grad_sum, dweight = sum over rows of g x r, with r = 1 / sqrt(mean(x^2) + eps)
 template <class T, int N> __global__ void rms_norm_backward_kernel(RmsNormBackward a) {
-  extern __shared__ float shared[];
+  float* shared = dynamic_shared<float>();
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t first = threadIdx.x * N, step = static_cast<int64_t>(blockDim.x) * N;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock;
@@ -114,7 +101,7 @@ template <class T, int N> __global__ void rms_norm_backward_kernel(RmsNormBackwa
       for (int i = 0; i < N; i++) sums.x = fmaf(x[i], x[i], sums.x), sums.y = fmaf(w[i] * g[i], x[i], sums.y);
     }
     sums = block_sum(sums);
-    const float r = rsqrtf(sums.x / static_cast<float>(a.D) + a.eps);
+    const float r = inverse_root(sums.x / static_cast<float>(a.D) + a.eps);
     const float mean = r * r * (sums.y / static_cast<float>(a.D));
     for (int64_t c = first; c < a.D; c += step) {
       float g[N], x[N];
@@ -128,7 +115,7 @@ template <class T, int N> __global__ void rms_norm_backward_kernel(RmsNormBackwa
         load(weight + c, w);
         if (a.grad_sum) load(static_cast<const T*>(a.grad_sum) + row * a.grad_sum_stride + c, extra);
 #pragma unroll
-        for (int i = 0; i < N; i++) x[i] = fmaf(w[i] * g[i] - x[i] * mean, r, extra[i]);
+        for (int i = 0; i < N; i++) x[i] = fmaf(fmaf(-x[i], mean, w[i] * g[i]), r, extra[i]);
         store(static_cast<T*>(a.dx) + row * a.D + c, x);
       }
     }

@@ -1,0 +1,152 @@
+// The router on CUDA: check, plan, launch. Nothing synchronizes; ids to replay are checked under SAIL_OPS_CHECK=1 alone.
+#include <math.h>
+
+#include <vector>
+
+#include "kernels/route_topk.cuh"
+#include "moe.h"
+
+namespace sail::cuda {
+namespace {
+using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+DType check_logits(const Check& c, const Tensor& logits) {
+  c.rank("logits_TE", logits, 2);
+  const DType dtype = c.real("logits_TE", logits);
+  const int64_t E = logits.size(1);
+  c.rows("logits_TE", logits);
+  c.that(E <= kRouteMaxExperts, "logits_TE", "E = " + std::to_string(E),
+         "at most " + std::to_string(kRouteMaxExperts) + " experts on a CUDA device");
+  c.that(logits.size(0) <= INT32_MAX, "logits_TE", std::to_string(logits.size(0)) + " tokens", "at most 2147483647");
+  return dtype;
+}
+
+void check_ids(const Check& c, const Tensor& ids, int64_t T, int64_t K, const Tensor& logits, cudaStream_t stream) {
+  c.same_device("ids_TK", ids, logits);
+  c.shape("ids_TK", ids, {T, K});
+  c.contiguous("ids_TK", ids);
+  const int64_t bytes = c.is_int64("ids_TK", ids) ? 8 : 4;
+  if (!check_values()) return;
+  std::vector<char> values(T * K * bytes);
+  cudaMemcpyAsync(values.data(), ids.data(), values.size(), cudaMemcpyDeviceToHost, stream);
+  cudaStreamSynchronize(stream);
+  check_launch(c.op());
+  for (int64_t i = 0; i < T * K; i++) {
+    const int64_t id = bytes == 8 ? reinterpret_cast<const int64_t*>(values.data())[i]
+                                  : reinterpret_cast<const int32_t*>(values.data())[i];
+    if (id < 0 || id >= logits.size(1))
+      c.fail("ids_TK", "id " + std::to_string(id), "ids in [0, " + std::to_string(logits.size(1)) + ")");
+  }
+}
+
+const bool* check_mask(const Check& c, const OptTensor& mask, int64_t T, const Tensor& logits) {
+  if (!mask) return nullptr;
+  c.same_device("mask_T", *mask, logits);
+  c.shape("mask_T", *mask, {T});
+  c.dtype("mask_T", *mask, aoti_torch_dtype_bool());
+  c.contiguous("mask_T", *mask);
+  return mask->ptr<const bool>();
+}
+
+const float* check_floats(const Check& c, const char* arg, const OptTensor& t, std::initializer_list<int64_t> shape,
+                          const Tensor& logits) {
+  if (!t) return nullptr;
+  c.same_device(arg, *t, logits);
+  c.shape(arg, *t, shape);
+  c.dtype(arg, *t, aoti_torch_dtype_float32());
+  c.contiguous(arg, *t);
+  return t->ptr<const float>();
+}
+
+template <class F> void dispatch_dtype(DType dtype, F f) {
+  dispatch(dtype, false, [&](auto t, auto) { f(t); });
+}
+
+Routed route_topk_cuda(const Tensor& logits, int64_t K, bool renormalize, const OptTensor& bias,
+                       const OptTensor& replay, const OptTensor& mask) {
+  const Check c("route_topk");
+  const DType dtype = check_logits(c, logits);
+  const int64_t T = logits.size(0), E = logits.size(1);
+  c.that(K >= 1 && K <= E, "k", std::to_string(K), "1 <= k <= E = " + std::to_string(E));
+  const float* bias_E = check_floats(c, "bias_E", bias, {E}, logits);
+  const bool* mask_T = check_mask(c, mask, T, logits);
+  const DeviceGuard guard(logits.device_index());
+  const cudaStream_t stream = current_stream(logits);
+  if (replay) check_ids(c, *replay, T, K, logits, stream);
+
+  const int64_t by_token[] = {T, K}, by_expert[] = {E};
+  Tensor weights = logits.empty(by_token, aoti_torch_dtype_float32());
+  Tensor ids = logits.empty(by_token, aoti_torch_dtype_int64());
+  Tensor counts = logits.empty(by_expert, aoti_torch_dtype_int64());
+  Tensor prob_sum = logits.empty(by_expert, aoti_torch_dtype_float32());
+  const RoutePlan plan = plan_route(T, E);
+  const int64_t partial[] = {plan.blocks, E};
+  const Tensor sums = logits.empty(partial, aoti_torch_dtype_float32());
+  const Tensor block_counts = logits.empty(partial, aoti_torch_dtype_int32());
+  const Route a = {logits.data(),
+                   logits.stride(0),
+                   bias_E,
+                   replay ? replay->data() : nullptr,
+                   replay && replay->dtype() == aoti_torch_dtype_int64(),
+                   mask_T,
+                   ids.ptr<int64_t>(),
+                   weights.ptr<float>(),
+                   sums.ptr<float>(),
+                   block_counts.ptr<int32_t>(),
+                   T,
+                   static_cast<int32_t>(E),
+                   static_cast<int32_t>(K),
+                   plan.tokens,
+                   renormalize};
+  dispatch_dtype(dtype, [&](auto t) {
+    if (T)
+      launch(route_topk_kernel<decltype(t)>, static_cast<unsigned>(plan.blocks), plan.warps * 32,
+             route_shared(E, plan.warps), stream, a);
+  });
+  launch(sum_statistics_kernel, static_cast<unsigned>((E + kStatisticsColumns - 1) / kStatisticsColumns),
+         dim3(kStatisticsColumns, kStatisticsGroups), 0, stream, a.sums, a.counts, plan.blocks, a.E,
+         counts.ptr<int64_t>(), prob_sum.ptr<float>());
+  check_launch(c.op());
+  return {std::move(weights), std::move(ids), std::move(counts), std::move(prob_sum)};
+}
+
+Tensor route_topk_backward_cuda(const OptTensor& grad_weights, const OptTensor& grad_prob_sum, const Tensor& logits,
+                                const Tensor& ids, const OptTensor& mask, bool renormalize) {
+  const Check c("route_topk_backward");
+  const DType dtype = check_logits(c, logits);
+  c.rank("ids_TK", ids, 2);
+  const int64_t T = logits.size(0), E = logits.size(1), K = ids.size(1);
+  const float* dweights = check_floats(c, "grad_weights_TK", grad_weights, {T, K}, logits);
+  const float* dsum = check_floats(c, "grad_prob_sum_E", grad_prob_sum, {E}, logits);
+  const bool* mask_T = check_mask(c, mask, T, logits);
+  const DeviceGuard guard(logits.device_index());
+  const cudaStream_t stream = current_stream(logits);
+  check_ids(c, ids, T, K, logits, stream);
+  Tensor dlogits = logits.empty_like();
+  if (!T) return dlogits;
+  const RouteBackward a = {logits.data(),
+                           logits.stride(0),
+                           ids.data(),
+                           ids.dtype() == aoti_torch_dtype_int64(),
+                           dweights,
+                           dsum,
+                           mask_T,
+                           dlogits.data(),
+                           T,
+                           static_cast<int32_t>(E),
+                           static_cast<int32_t>(K),
+                           renormalize};
+  const int warps = plan_route(T, E).warps;
+  dispatch_dtype(dtype, [&](auto t) {
+    launch(route_topk_backward_kernel<decltype(t)>, static_cast<unsigned>((T + warps - 1) / warps), warps * 32,
+           2 * warps * E * 4, stream, a);
+  });
+  check_launch(c.op());
+  return dlogits;
+}
+
+const auto library = Library::impl("sail_ops", "CUDA")
+                         .kernel<route_topk_cuda>("route_topk")
+                         .kernel<route_topk_backward_cuda>("route_topk_backward");
+}  // namespace
+}  // namespace sail::cuda
