@@ -1,4 +1,4 @@
-"""The sm_90a grouped GEMM on an emulated Hopper (tests/cuda_emulation/ptx_sm90.h): mbarriers, TMA, wgmma descriptors."""
+"""The sm_90a grouped GEMM on an emulated Hopper (cuda_emulation/ptx_sm90.h): mbarriers, TMA, wgmma descriptors."""
 
 import pytest
 import torch
