@@ -53,8 +53,8 @@ QUICK = {  # what of a file to run: a pattern of the test's name
     "test_activation.py": "accuracy.*(empty|one|three)|halves|range|non_finite|checkpointing|bad_input",
     "test_grouped_mm.py": "accuracy.*(float16|float32).*(tail|first)|tail_rows.*bfloat16|laid_out|wanted"
     "|views.*bfloat16|narrow.*3-2100|autocast",
-    "test_moe.py": "accuracy.*(no_token|odd|empty|dropped)|biases.*(float16|float32)|weights.*float16-torch.int32"
-    "|read_nothing.*float32|all_ids|exactly_zero.*float32|wider|by_columns|pair_is|recompute.*33|leaf_gradients",
+    "test_moe.py": "accuracy.*(no_token|odd|dropped)|biases.*(float16|float32)|weights.*float16-torch.int32"
+    "|read_nothing.*float32|all_ids|exactly_zero.*float32|wider|by_columns|pair_is|recompute.*(float16|float32)-33",
     "test_moe_errors.py": "",
     "test_moe_training.py": "alone|neither|not_read|without_gradients|is_saved|added_to.*bfloat16.*(one-fp32|pair-as)"
     "|leave|overwritten|autocast|checkpointing|opcheck.*(added|mm)",
