@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import torch
 
-from . import _library
+from . import _library, _triton
 
 KEYS = ("CPU", "CUDA", "PrivateUse1")  # the last is what torch calls an accelerator from outside, such as an NPU
 
@@ -28,10 +28,11 @@ def main() -> int:
     print(f"CUDA library  {cuda_library()}")
     print(f"devices       {', '.join(['CPU', *cuda_devices()])}")
     print(f"\n{'operator':28}{'CPU':16}{'CUDA':16}{'PrivateUse1'}")
+    triton = "triton" if _triton.installed() else "triton missing"
     for name in operators():
         row = implementations(name)
         cpu = isa if row["CPU"] else "-"
-        cuda = "triton" if name in _library.TRITON else "kernel" if row["CUDA"] else "-"
+        cuda = triton if name in _library.TRITON else "kernel" if row["CUDA"] else "-"
         print(f"{name:28}{cpu:16}{cuda:16}{'kernel' if row['PrivateUse1'] else '-'}")
     print("\n- : none; a call on such a tensor raises NotImplementedError")
     return 0

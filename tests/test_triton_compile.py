@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: `pip install --no-deps -c constraints.txt triton`")
 
+pytestmark = pytest.mark.slow
+
 PRODUCTS = {"up_kernel": 1, "gemm_kernel": 2, "activation_gradient_kernel": 1, "weight_gradient_kernel": 3}
 SMALL_SHARED = 99 * 1024  # a block's on sm_86, sm_89 and sm_120
 CARDS = [(80, "bfloat16"), (80, "float16"), (90, "bfloat16"), (90, "float16"), (86, "bfloat16")]

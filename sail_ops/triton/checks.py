@@ -59,7 +59,7 @@ class Check:
 
     def rows(self, arg: str, t: Tensor) -> Tensor:
         """[..., D] as [rows, D] with a stride between rows: a view where there is one such stride, else a copy."""
-        self.that(t.dim() >= 1, arg, f"shape {list(t.shape)}", "1 to 8 dimensions, [..., D]")
+        self.that(1 <= t.dim() <= 8, arg, f"shape {list(t.shape)}", "1 to 8 dimensions, [..., D]")
         self.positive(arg, "D", t.shape[-1])
         good = t.shape[-1] == 1 or t.stride(-1) == 1 or not t.numel()
         self.that(good, arg, f"stride {t.stride(-1)}", "contiguous rows (a last dimension of stride 1)")

@@ -16,26 +16,30 @@ def exp(x):
 
 @triton.jit
 def sigmoid(x, EXACT: tl.constexpr):
-    """EXACT: to the last bits of fp32. Otherwise good for 16 bits, with a third of the registers."""
+    """s = 1 / (1 + e^-x) and 1 - s. EXACT: to the last bits of fp32, the difference too, which cancels for large x.
+    Otherwise good for 16 bits, with fewer registers."""
     if EXACT:
-        return tl.div_rn(1.0, 1.0 + exp(-x))
+        e = exp(-x)
+        s = tl.div_rn(1.0, 1.0 + e)
+        return s, tl.where(x < 0, 1.0 - s, e * s)
     else:
-        return 1.0 / (1.0 + tl.exp(-x))
+        s = 1.0 / (1.0 + tl.exp(-x))
+        return s, 1.0 - s
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """act(x) and its slope; an unused slope costs nothing. 0 silu, 1 gelu, 2 gelu_tanh, as in sail_ops/moe.py."""
     if ACTIVATION == 0:
-        s = sigmoid(x, EXACT)
-        return x * s, s * (1.0 + x * (1.0 - s))
+        s, rest = sigmoid(x, EXACT)
+        return x * s, s * (1.0 + x * rest)
     elif ACTIVATION == 1:
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         return x * cdf, cdf + x * 0.3989422804014327 * exp(-0.5 * x * x)
     else:
         # 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        s = sigmoid(x * (1.5957691216057308 + 0.07135481282712 * x * x), EXACT)
-        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406443848136 * x * x)
+        s, rest = sigmoid(x * (1.5957691216057308 + 0.07135481282712 * x * x), EXACT)
+        return x * s, s + x * s * rest * (1.5957691216057308 + 0.21406443848136 * x * x)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def inverse_rms(squares, size, eps):
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, size) + eps))
+    """In fp64, like the row's other scalar: free next to the row, and where dx cancels, their rounding would show."""
+    return 1.0 / tl.sqrt(tl.sum(squares.to(tl.float64), 0) / size + eps)
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def rms_norm_kernel(x, x_stride, residual, residual_stride, weight, y, total, D,
             v = v.to(total.dtype.element_ty).to(tl.float32)
             tl.store(total + row * D + n, v.to(total.dtype.element_ty), mask=n < D)
         acc += v * v
-    scale = inverse_rms(tl.sum(acc, 0), size, eps)
+    scale = inverse_rms(acc, size, eps).to(tl.float32)
     for n0 in range(0, D, BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         v = tl.load(x + n, mask=n < D, other=0.0).to(tl.float32)
@@ -76,8 +77,9 @@ def rms_norm_backward_kernel(
             w = tl.load(weight + n, mask=n < D, other=0.0).to(tl.float32)
             squares += v * v
             products += w * g * v
-        r = inverse_rms(tl.sum(squares, 0), size, eps)
-        mean = tl.div_rn(r * r * tl.sum(products, 0), size)
+        inverse = inverse_rms(squares, size, eps)
+        mean = (inverse * inverse * tl.sum(products.to(tl.float64), 0) / size).to(tl.float32)
+        r = inverse.to(tl.float32)
         v = tl.load(x + row * x_stride + columns, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(grad + row * grad_stride + columns, mask=ok, other=0.0).to(tl.float32)
         dweight += g * (v * r)
