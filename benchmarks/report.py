@@ -92,11 +92,23 @@ def memory_table(results: Row) -> str:
 def norm_table(results: Row) -> str:
     """A line an operator: forward and backward against torch, and against the bandwidth of a copy."""
     lines = [
-        [i["case"]["op"], i["case"]["dtype"], f"{i['ms']['sail']:.2f}", f"{i['speedup']['torch']:.2f}"]
+        [i["case"]["op"], i["case"]["dtype"], f"{i['ms']['sail']:.2f}"]
+        + [f"{i['speedup'][peer]:.2f}" if peer in i["speedup"] else "" for peer in ("torch", "compiled")]
         + [f"{i['gb_s']:.1f}", f"{i['of_copy']:.2f}"]
         for i in infos(results, "norm")
     ]
-    return table(["forward+backward", "dtype", "ms", "x torch", "GB/s", "of copy"], lines)
+    return table(["forward+backward", "dtype", "ms", "x torch", "x compiled", "GB/s", "of copy"], lines)
+
+
+def loss_table(results: Row) -> str:
+    """A line a peer: forward and backward of head and loss, and the peak of memory beside inputs and gradients."""
+    lines = [
+        [i["case"]["dtype"], name, f"{i['ms'][name]:.0f}", f"{i['ms'][name] / i['ms']['sail']:.2f}"]
+        + [f"{i['peak'][name] / 1e6:.0f}", f"{i['peak']['sail'] / i['peak'][name]:.1%}"]
+        for i in infos(results, "loss")
+        for name in i["ms"]
+    ]
+    return table(["linear + cross-entropy", "by", "ms", "x sail", "peak MB", "sail's share"], lines)
 
 
 def verdict(results: Row) -> str:
@@ -119,7 +131,7 @@ def summary(results: Row) -> str:
     """What a benchmark run prints at its end."""
     speed = speed_table(infos(results, "moe"))
     parts = [provenance(results), speed, speed and LEGEND, variant_table(results), memory_table(results)]
-    return "\n\n".join(part for part in [*parts, norm_table(results), verdict(results)] if part)
+    return "\n\n".join(part for part in [*parts, norm_table(results), loss_table(results), verdict(results)] if part)
 
 
 def provenance(results: Row) -> str:
