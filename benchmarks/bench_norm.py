@@ -1,4 +1,4 @@
-"""`rms_norm`, `add_rms_norm` and `swiglu`, forward and backward, beside torch's functions and a copy's bandwidth."""
+"""Norms, rotary embedding and `swiglu`, forward and backward, beside torch's functions and a copy's bandwidth."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,19 @@ import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 import sail_ops
 from benchmarks import harness
 from benchmarks.cases import DTYPES, size_name
 from benchmarks.limits import Limits
+from sail_ops import reference
 
 SHAPES = {"full": (4096, 2048), "tiny": (16, 64)}  # tokens of a micro-batch, hidden size
-TRAFFIC = {"rms_norm": 5, "add_rms_norm": 8, "swiglu": 8}  # tensors [T, D] read or written, forward and backward
+HEADS = {"full": (32, 4, 128), "tiny": (2, 1, 16)}  # query and key heads, head dim: Qwen3-30B-A3B
+# tensors like x (of qk_norm_rope: like q and k together) read or written, forward and backward
+TRAFFIC = {"rms_norm": 5, "add_rms_norm": 8, "layer_norm": 5, "add_layer_norm": 8, "qk_norm_rope": 5, "swiglu": 8}
+Op = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 
 def torch_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,11 +28,30 @@ def torch_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Ten
     return F.rms_norm(total, weight.shape, weight, 1e-6), total
 
 
-OPS: dict[str, dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]]] = {
+def torch_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with LayerNorm."""
+    total = x + residual
+    return F.layer_norm(total, weight.shape, weight, bias, 1e-5), total
+
+
+def torch_qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """torch's norm, then transformers' rotation."""
+    q, k = F.rms_norm(q, q_weight.shape, q_weight, 1e-6), F.rms_norm(k, k_weight.shape, k_weight, 1e-6)
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+
+
+OPS: dict[str, dict[str, Op]] = {
     "rms_norm": {"sail": sail_ops.rms_norm, "torch": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)},
     "add_rms_norm": {"sail": sail_ops.add_rms_norm, "torch": torch_add_rms_norm},
+    "layer_norm": {"sail": sail_ops.layer_norm, "torch": lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5)},
+    "add_layer_norm": {"sail": sail_ops.add_layer_norm, "torch": torch_add_layer_norm},
+    "qk_norm_rope": {"sail": sail_ops.qk_norm_rope, "torch": torch_qk_norm_rope},
     "swiglu": {"sail": sail_ops.swiglu, "torch": lambda gate, up: F.silu(gate) * up},
 }
+for name, implementations in OPS.items():  # the eager formula, compiled
+    implementations["compiled"] = torch.compile(getattr(reference, name), dynamic=False)
 
 
 class NormSteps:
@@ -35,10 +59,21 @@ class NormSteps:
 
     def __init__(self, op: str, dtype: torch.dtype, size: str):
         self.op, shape = op, SHAPES[size]
-        tensors = [torch.randn(shape) for _ in range(1 if op == "rms_norm" else 2)]
-        tensors += [] if op == "swiglu" else [torch.rand(shape[-1])]
+        self.tables: list[Tensor] = []
+        if op == "qk_norm_rope":
+            (T, _), (H, G, A) = shape, HEADS[size]
+            tensors = [torch.randn(T, H, A), torch.randn(T, G, A), torch.rand(A), torch.rand(A)]
+            angles = torch.arange(T)[:, None] / 1e6 ** (torch.arange(A) % (A // 2) * 2 / A)
+            self.tables = [angles.cos().to(dtype), angles.sin().to(dtype)]
+            shapes = [tensors[0].shape, tensors[1].shape]
+        else:
+            vectors = {"swiglu": 0, "layer_norm": 2, "add_layer_norm": 2}.get(op, 1)
+            pair = op == "swiglu" or op.startswith("add")
+            tensors = [torch.randn(shape) for _ in range(1 + pair)] + [torch.rand(shape[-1]) for _ in range(vectors)]
+            shapes = [shape] * (2 if op.startswith("add") else 1)
+        self.elements = sum(t.numel() for t in tensors[:2]) if self.tables else tensors[0].numel()
         self.inputs = [t.to(dtype).requires_grad_() for t in tensors]
-        self.upstream = [torch.randn(shape).to(dtype) for _ in range(2 if op == "add_rms_norm" else 1)]
+        self.upstream = [torch.randn(s).to(dtype) for s in shapes]
 
     def prepare(self, name: str) -> None:
         """Drop the gradients."""
@@ -47,7 +82,7 @@ class NormSteps:
 
     def run(self, name: str) -> None:
         """One step."""
-        out = OPS[self.op][name](*self.inputs)
+        out = OPS[self.op][name](*self.inputs, *self.tables)
         torch.autograd.backward(out if isinstance(out, tuple) else (out,), self.upstream)
 
 
@@ -56,9 +91,10 @@ class NormSteps:
 def test_norm(benchmark: BenchmarkFixture, op: str, dtype: str, limits: Limits) -> None:
     """A training step of one operator."""
     size = size_name()
-    samples = harness.interleave(benchmark, NormSteps(op, DTYPES[dtype], size), "sail", ["torch"], budget=1.0)
+    steps = NormSteps(op, DTYPES[dtype], size)
+    samples = harness.interleave(benchmark, steps, "sail", ["torch", "compiled"], budget=1.0)
     tokens, hidden = SHAPES[size]
-    traffic = TRAFFIC[op] * tokens * hidden * DTYPES[dtype].itemsize / benchmark.stats.stats.median / 1e9
+    traffic = TRAFFIC[op] * steps.elements * DTYPES[dtype].itemsize / benchmark.stats.stats.median / 1e9
     case = {"op": op, "dtype": dtype, "T": tokens, "D": hidden}
     harness.record(
         benchmark, samples, family="norm", kind="train", case=case, gb_s=traffic, of_copy=traffic / limits.copy_gb_s

@@ -1,135 +1,36 @@
 """Tables, verdict and chart from the results that a benchmark run leaves in results/<device>/<family>.json.
 
-python -m benchmarks.report            writes the block between README.md's bench:moe markers, and the chart
+python -m benchmarks.report            writes the blocks between README.md's bench:<family> markers, and the chart
 python -m benchmarks.report --check    exits with 1 where README.md does not match the results
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+
+from benchmarks.tables import (
+    GRADIENTS,
+    PEERS,
+    TABLES,
+    Row,
+    infos,
+    memory_table,
+    speed_table,
+    table,
+    variant_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README_DEVICE = "cpu-amd-epyc-avx512_bf16-2t"  # whose results README shows
-START, END = "<!-- bench:moe:start -->", "<!-- bench:moe:end -->"
-Row = dict[str, Any]
-GRADIENTS = {"fresh": "fresh", "huge_pages": "fresh, 2 MiB pages", "in_place": "added in place"}
-PEERS = {"grouped_mm": "grouped_mm", "eager_unbind": "eager + unbind", "stock_eager": "stock eager"}
-VARIANTS = {
-    "sail_overwrite": "accumulate=False",
-    "sail_recompute": "recompute=True",
-    "sail_fp32_grads": "main_grads in fp32",
-}
+MARKERS = "<!-- bench:{}:start -->", "<!-- bench:{}:end -->"
+NOTICE = "<!-- written by `python -m benchmarks.report`; do not edit -->"
 LEGEND = """\
 ms, GFLOP/s and GB/s are ours, medians of interleaved rounds; "x" columns are a peer's time over ours.
 grouped_mm: transformers' default. eager + unbind: transformers' eager loop with W.unbind(0) for W[e], our rewrite.
 stock eager: transformers' eager loop as it is; in training each W[e] builds a zero gradient of W's full size.
 weights GB/s: least traffic of weights and dW over our time. of limit: time at the dense mm rate or at the memory
 bandwidth, whichever is longer, over our time. dW added in place: main_grads for ours, .grad for the others."""
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, padded to be read in a terminal too; empty without rows."""
-    if not rows:
-        return ""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def infos(results: Row, family: str, **wanted: str) -> list[Row]:
-    """extra_info of a family's timed rows, in the order they ran, whose case has the `wanted` values."""
-    rows = [row["extra_info"] for row in results["benchmarks"]]
-    rows = [i for i in rows if i.get("family") == family and i["kind"] != "memory"]
-    return [i for i in rows if all(i["case"][key] == value for key, value in wanted.items())]
-
-
-def speed_table(rows: list[Row]) -> str:
-    """A line a case: our time and rates, each peer's time over ours, fractions of the limits."""
-    header = ["case", "T", "step", "ms", "GFLOP/s", "weights GB/s"]
-    header += [f"x {label}" for label in PEERS.values()] + ["of dense mm", "of read", "of limit"]
-    lines = []
-    for i in rows:
-        case = i["case"]
-        step = "forward" if case["mode"] == "forward" else f"forward+backward, dW {GRADIENTS[case['gradients']]}"
-        ours = [step, f"{i['ms']['sail']:.1f}", f"{i['gflops']:.0f}", f"{i['weights_gb_s']:.1f}"]
-        peers = [f"{i['speedup'][peer]:.2f}" if peer in i["speedup"] else "" for peer in PEERS]
-        limits = [f"{i[key]:.2f}" for key in ("of_dense_mm", "of_read_bandwidth", "of_limit")]
-        lines.append([f"{case['dtype']} {case['routing']}", str(case["T"]), *ours, *peers, *limits])
-    return table(header, lines)
-
-
-def variant_table(results: Row) -> str:
-    """Our own options, by their time over that of the default."""
-    lines = [
-        [
-            f"{i['case']['dtype']} T={i['case']['T']}",
-            VARIANTS[name],
-            f"{i['ms'][name]:.1f}",
-            f"{i['speedup'][name]:.2f}",
-        ]
-        for i in infos(results, "moe")
-        for name in VARIANTS
-        if name in i["speedup"]
-    ]
-    return table(["dW added in place", "option", "ms", "x default"], lines)
-
-
-def memory_table(results: Row) -> str:
-    """Bytes a token of one training step with dW in place, beside what the design allows a token.
-
-    What does not grow with tokens, such as the threads' scratch, is in what was measured.
-    """
-    header = ["memory, bytes a token", "saved for backward", "allowed", "transient peak", "allowed"]
-    lines = []
-    for info in (row["extra_info"] for row in results["benchmarks"] if row["extra_info"].get("kind") == "memory"):
-        for name, m in info["memory"].items():
-            keys = ("saved", "saved_formula", "transient", "transient_formula")
-            shown = [f"{m[key] / m['tokens']:,.0f}" if m[key] is not None else "" for key in keys]
-            lines.append([f"{info['case']['dtype']} {name}", *shown])
-    return table(header, lines)
-
-
-def norm_table(results: Row) -> str:
-    """A line an operator: forward and backward against torch, and against the bandwidth of a copy."""
-    lines = [
-        [i["case"]["op"], i["case"]["dtype"], f"{i['ms']['sail']:.2f}", f"{i['speedup']['torch']:.2f}"]
-        + [f"{i['gb_s']:.1f}", f"{i['of_copy']:.2f}"]
-        for i in infos(results, "norm")
-    ]
-    return table(["forward+backward", "dtype", "ms", "x torch", "GB/s", "of copy"], lines)
-
-
-def step_table(results: Row) -> str:
-    """A decoder layer's training step: every part alone, the whole, and the peak of memory it adds."""
-    lines = []
-    for i in infos(results, "step"):
-        ms = {name.removeprefix("sail "): time for name, time in i["parts_ms"].items() if name.startswith("sail ")}
-        for part, ours in ms.items():
-            lines.append([f"{i['case']['dtype']} {part}", ours, i["parts_ms"][f"transformers {part}"]])
-        lines.append([f"{i['case']['dtype']} whole layer", i["ms"]["sail"], i["ms"]["transformers"]])
-    shown = [[part, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}"] for part, ours, theirs in lines]
-    for i in infos(results, "step"):
-        peaks = [i["peak_bytes"][side] / 2**20 for side in ("sail", "transformers")]
-        shown.append(
-            [f"{i['case']['dtype']} peak memory, MiB", *(f"{p:,.0f}" for p in peaks), f"{peaks[1] / peaks[0]:.2f}"]
-        )
-    return table(["forward+backward of a layer", "ours, ms", "transformers, ms", "theirs / ours"], shown)
-
-
-def attention_table(results: Row) -> str:
-    """A line a case: forward, or forward and backward, against torch's SDPA."""
-    peers = {"sdpa": "SDPA", "sdpa_by_sequence": "by sequence", "sdpa_padded": "padded", "sdpa_nested": "nested"}
-    lines = [
-        [i["case"]["name"], i["case"]["dtype"], f"{i['ms']['sail']:.2f}", f"{i['gflops']:.0f}"]
-        + [f"{i['speedup'][peer]:.2f}" if peer in i["speedup"] else "" for peer in peers]
-        + [f"{i['of_dense_mm']:.2f}"]
-        for i in infos(results, "attention")
-    ]
-    header = ["attention", "dtype", "ms", "GFLOP/s", *(f"x {label}" for label in peers.values()), "of dense mm"]
-    return table(header, lines)
 
 
 def verdict(results: Row) -> str:
@@ -166,7 +67,7 @@ def summary(results: Row) -> str:
     """What a benchmark run prints at its end."""
     speed = speed_table(infos(results, "moe"))
     parts = [provenance(results), speed, speed and LEGEND, variant_table(results), memory_table(results)]
-    parts += [norm_table(results), attention_table(results), step_table(results), verdict(results)]
+    parts += [TABLES[family](results) for family in TABLES] + [verdict(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -230,14 +131,11 @@ def _tick(case: Row) -> str:
     return f"training T={case['T']}\ndW {GRADIENTS[case['gradients']]}".replace(", ", ",\n")
 
 
-def readme_block(results: Row, device: str) -> str:
-    """What stands between the markers."""
+def moe_block(results: Row, source: str) -> str:
+    """README's part on the expert layer."""
     chosen = infos(results, "moe", dtype="bf16", routing="uniform")
     others = [i for i in infos(results, "moe") if i not in chosen]
-    source = f"benchmarks/results/{device}/moe"
-    return f"""{START}
-<!-- written by `python -m benchmarks.report`; do not edit -->
-Measured on {provenance(results)} All rows, with every sample: [{source}.json]({source}.json).
+    return f"""Measured on {provenance(results)} All rows, with every sample: [{source}.json]({source}.json).
 
 ![Rates beside transformers' implementations]({source}.png)
 
@@ -255,31 +153,50 @@ Measured on {provenance(results)} All rows, with every sample: [{source}.json]({
 
 {variant_table(results)}
 
-</details>
+</details>"""
 
-{END}"""
+
+def family_block(results: Row, source: str, family: str) -> str:
+    """README's part on any other family: its table and where it comes from."""
+    return f"""{TABLES[family](results)}
+
+Measured on {provenance(results)} Every sample: [{source}.json]({source}.json)."""
+
+
+def updated(readme: str) -> str:
+    """README with every block written anew from its results file; ValueError where one of the two is missing."""
+    for family in ("moe", *TABLES):
+        source = RESULTS / README_DEVICE / f"{family}.json"
+        start, end = (marker.format(family) for marker in MARKERS)
+        if not source.exists():
+            raise ValueError(f"{source.relative_to(ROOT)} is missing: run `make bench` on that device")
+        if readme.count(start) != 1 or readme.count(end) != 1:
+            raise ValueError(f"README.md must have {start} and {end} once each")
+        results, path = json.loads(source.read_text()), str(source.relative_to(ROOT).with_suffix(""))
+        block = moe_block(results, path) if family == "moe" else family_block(results, path, family)
+        head, _, rest = readme.partition(start)
+        readme = f"{head}{start}\n{NOTICE}\n{block}\n\n{end}{rest.partition(end)[2]}"
+    return readme
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write or check README's block; the exit status."""
+    """Write or check README's blocks; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where README.md is out of date")
     check = parser.parse_args(arguments).check
-    source, readme = RESULTS / README_DEVICE / "moe.json", ROOT / "README.md"
-    if not source.exists():
-        print(f"{source.relative_to(ROOT)} is missing: run `make bench` on that device")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    try:
+        wanted = updated(text)
+    except ValueError as error:
+        print(error)
         return 1
-    results, text = json.loads(source.read_text()), readme.read_text()
-    if text.count(START) != 1 or text.count(END) != 1:
-        print(f"README.md must have {START} and {END} once each")
-        return 1
-    head, _, rest = text.partition(START)
-    updated = head + readme_block(results, README_DEVICE) + rest.partition(END)[2]
     if check:
-        print(f"README.md {'matches' if updated == text else 'does not match'} {source.relative_to(ROOT)}")
-        return int(updated != text)
-    readme.write_text(updated)
-    chart(results, source.with_suffix(".png"))
+        print(f"README.md {'matches' if wanted == text else 'does not match'} {RESULTS.relative_to(ROOT)}")
+        return int(wanted != text)
+    readme.write_text(wanted)
+    moe = RESULTS / README_DEVICE / "moe.json"
+    chart(json.loads(moe.read_text()), moe.with_suffix(".png"))
     return 0
 
 

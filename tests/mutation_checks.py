@@ -24,6 +24,52 @@ def add_rms_norm(dtype: torch.dtype) -> None:
     testing.check_op(sail_ops.add_rms_norm, reference.add_rms_norm, x, residual, weight)
 
 
+def layer_norm(dtype: torch.dtype) -> None:
+    x = (testing.random(37, 101) + 30).to(dtype).requires_grad_()
+    weight, bias = (testing.random(101, dtype=dtype, seed=s).requires_grad_() for s in (2, 3))
+    testing.check_op(sail_ops.layer_norm, reference.layer_norm, x, weight, bias)
+
+
+def heads(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """q and k, cos and sin."""
+    q, k = (testing.random(37, h, 70, dtype=dtype, seed=h).requires_grad_() for h in (3, 2))
+    angles = testing.random(37, 35, seed=5).repeat(1, 2)
+    return (q, k), (angles.cos(), angles.sin())
+
+
+def rope(dtype: torch.dtype) -> None:
+    q_k, tables = heads(dtype)
+    testing.check_op(sail_ops.rope, reference.rope, *q_k, *tables)
+
+
+def rope_positions(dtype: torch.dtype) -> None:
+    q_k, tables = heads(dtype)
+    testing.check_op(sail_ops.rope, reference.rope, *q_k, *tables, torch.arange(37).flip(0))
+
+
+def qk_norm_rope(dtype: torch.dtype) -> None:
+    q_k, tables = heads(dtype)
+    weights = (testing.random(70, dtype=dtype, seed=s).requires_grad_() for s in (2, 3))
+    pool = {"args[0]": 3, "args[1]": 2}
+    testing.check_op(sail_ops.qk_norm_rope, reference.qk_norm_rope, *q_k, *weights, *tables, pool=pool)
+
+
+def linear_cross_entropy(dtype: torch.dtype, T: int = 37, V: int = 1100, z_loss: float = 0.0) -> None:
+    hidden = testing.random(T, 64, dtype=dtype).requires_grad_()
+    lm_head = testing.random(V, 64, dtype=dtype, scale=0.25, seed=1).requires_grad_()
+    labels = torch.arange(T) * 7 % V
+    ops = sail_ops.linear_cross_entropy, reference.linear_cross_entropy
+    testing.check_op(*ops, hidden, lm_head, labels, z_loss=z_loss, pool={"args[0]": 16, "args[1]": 64})
+
+
+def linear_cross_entropy_chunks(dtype: torch.dtype) -> None:
+    linear_cross_entropy(dtype, T=200, V=128)
+
+
+def z_loss(dtype: torch.dtype) -> None:
+    linear_cross_entropy(dtype, z_loss=0.1)
+
+
 def swiglu(dtype: torch.dtype) -> None:
     gate, up = (testing.random(37, 101, dtype=dtype, seed=s).requires_grad_() for s in (0, 1))
     testing.check_op(sail_ops.swiglu, reference.swiglu, gate, up)

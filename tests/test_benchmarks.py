@@ -146,16 +146,27 @@ def test_report(tmp_path: Path) -> None:
     assert report.chart(results(), tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_block_is_replaced_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_blocks_are_replaced_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "benchmarks" / "results" / report.README_DEVICE
     folder.mkdir(parents=True)
-    (folder / "moe.json").write_text(json.dumps(results()))
+    families = ("moe", *report.TABLES)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    blocks = [
+        f"{start.format(family)}\nold\n{end.format(family)}" for family in families for start, end in [report.MARKERS]
+    ]
+    readme.write_text("before\n" + "\n".join(blocks) + "\nafter\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
+    for family in families:
+        assert report.main(["--check"]) == 1
+        assert f"{family}.json is missing" in capsys.readouterr().out
+        (folder / f"{family}.json").write_text(json.dumps(results()))
     assert report.main(["--check"]) == 1 and "old" in readme.read_text()
     assert report.main([]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "2.00x to 4.00x" in text
     assert report.main(["--check"]) == 0
+    readme.write_text(text.replace(report.MARKERS[0].format("norm"), ""))
+    assert report.main(["--check"]) == 1 and "bench:norm:start" in capsys.readouterr().out

@@ -58,6 +58,47 @@ MUTANTS = {
     ),
     "derivative of sigmoid wrong": Mutant("swiglu", "activation.cpp", "activation.cpp", "g * (1.f - s))", "g)"),
     "exp a thousandth off": Mutant("swiglu", "activation.cpp", "vec.h", "1.6666665459e-1f", "1.67e-1f"),
+    "mean not taken off": Mutant("layer_norm", "norm.cpp", "norm.cpp", "(LAYER ? v - mean - d : v)", "v"),
+    "rounding of the mean left in": Mutant(
+        "layer_norm", "norm.cpp", "norm.cpp", "xv - mean[i] - rest[i]", "xv - mean[i]"
+    ),
+    "no mean of the gradient in dx": Mutant("layer_norm", "norm.cpp", "norm.cpp", "LAYER ? d - mean_wg[i] : d", "d"),
+    "lanes past the end count as -mean": Mutant(
+        "layer_norm", "norm.cpp", "norm.cpp", "i < s.n; i++) from_float(1", "i < 2 * W; i++) from_float(1"
+    ),
+    "bias's gradient of one row in four": Mutant(
+        "layer_norm", "norm.cpp", "norm.cpp", "grads[i] = grads[i] + grads[i + n]", "grads[i] = grads[i]"
+    ),
+    "rotation the other way": Mutant(
+        "rope", "rope.cpp", "rope.cpp", "x.low * cos.low - x.high * sin.low", "x.low * cos.low + x.high * sin.low"
+    ),
+    "gradient not rotated back": Mutant(
+        "rope", "rope.cpp", "rope.cpp", "y.low * cos.low + y.high * sin.high", "y.low * cos.low - y.high * sin.high"
+    ),
+    "heads' weight missing in the dot product": Mutant(
+        "qk_norm_rope", "rope.cpp", "rope.cpp", "fma(n.low * wv.low, v.low", "fma(n.low, v.low"
+    ),
+    "only the last head in dweight": Mutant(
+        "qk_norm_rope", "rope.cpp", "rope.cpp", "{before.low + n.low", "{vf{} + n.low"
+    ),
+    "positions ignored": Mutant(
+        "rope_positions", HOST + "rope.cpp", HOST + "rope.cpp", "positions_ ? position(token) : 0", "token"
+    ),
+    "a span of the softmax dropped": Mutant(
+        "linear_cross_entropy", "loss.cpp", "loss.cpp", "int64_t r = 0; r < rows", "int64_t r = kSpan; r < rows"
+    ),
+    "sum not rescaled to the new maximum": Mutant(
+        "linear_cross_entropy", "loss.cpp", "loss.cpp", "vexp(before - m), s)", "set1(1.f), s)"
+    ),
+    "label not taken off the gradient": Mutant(
+        "linear_cross_entropy", HOST + "loss.cpp", HOST + "loss.cpp", " - values.scale[h.tokens[first + i]])", ")"
+    ),
+    "z-loss not differentiated": Mutant(
+        "z_loss", HOST + "loss.cpp", HOST + "loss.cpp", "(1 + 2 * h.z_loss * lse)", "1"
+    ),
+    "only the last chunk in the head's gradient": Mutant(
+        "linear_cross_entropy_chunks", HOST + "loss.cpp", HOST + "loss.cpp", "x_nD, first > 0)", "x_nD, false)"
+    ),
     "ties to the higher id": Mutant(
         "route_topk", "routing.cpp", "routing.cpp", "best[i] > best[v]", "best[i] >= best[v]"
     ),

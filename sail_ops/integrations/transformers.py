@@ -8,6 +8,8 @@
 The interface (transformers/integrations/moe.py) hands a function the experts module, hidden states [T, D], expert ids
 [T, K] and routing weights [T, K]. What we support of it is stacked weights [E, 2F, D] = [gate; up] and [E, D, F], with
 or without biases, and a gate that `fused_experts` has. All else raises, naming the module and what it would need.
+
+`apply(model)` takes the rest of a Qwen3, Qwen3-MoE or Aimv2 model along, `revert(model)` takes it back (patches.py).
 """
 
 from typing import Any
@@ -18,6 +20,10 @@ from torch import Tensor, nn
 
 from sail_ops import fused_experts
 from sail_ops.reference import ACTIVATIONS, gated_activation
+
+from .patches import apply, revert
+
+__all__ = ["apply", "register", "revert", "sail_experts_forward"]
 
 # flags of transformers' @use_experts_implementation: what our weight layout needs, and what another value means
 _LAYOUT = {

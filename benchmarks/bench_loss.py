@@ -1,0 +1,82 @@
+"""`linear_cross_entropy` with both gradients beside `F.cross_entropy` on full logits: time, and the peak of memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+import sail_ops
+from benchmarks import harness, memory
+from benchmarks.cases import DTYPES, size_name
+from benchmarks.limits import Limits
+
+SHAPES = {"full": (512, 1024, 151936), "tiny": (32, 64, 1000)}  # labeled tokens, hidden size, vocabulary of Qwen3
+
+
+def full_logits(hidden: Tensor, lm_head: Tensor, labels: Tensor) -> Tensor:
+    """transformers' loss of causal language models: logits in the model's dtype, the rest in fp32."""
+    return F.cross_entropy(F.linear(hidden, lm_head).float(), labels)
+
+
+def narrow_logits(hidden: Tensor, lm_head: Tensor, labels: Tensor) -> Tensor:
+    """The softmax too in the model's dtype: less memory and time, a loss of three digits."""
+    return F.cross_entropy(F.linear(hidden, lm_head), labels)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sail": sail_ops.linear_cross_entropy,
+    "cross_entropy": full_logits,
+    "cross_entropy_narrow": narrow_logits,
+    "compiled": torch.compile(full_logits, dynamic=False),
+}
+
+
+class LossSteps:
+    """Forward and backward, gradients fresh in every step."""
+
+    def __init__(self, dtype: torch.dtype, size: str):
+        T, D, V = SHAPES[size]
+        self.hidden_TD = torch.randn(T, D).to(dtype).requires_grad_()
+        self.lm_head_VD = (torch.randn(V, D) * D**-0.5).to(dtype).requires_grad_()
+        self.labels_T = torch.randint(V, (T,))
+
+    def prepare(self, name: str) -> None:
+        """Drop the gradients."""
+        self.hidden_TD.grad = self.lm_head_VD.grad = None
+
+    def run(self, name: str) -> None:
+        """One step."""
+        LOSSES[name](self.hidden_TD, self.lm_head_VD, self.labels_T).backward()
+
+    def peak(self, name: str) -> int:
+        """Growth of resident memory in a step, less both gradients: large tensors come from the system and go back."""
+        self.prepare(name)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory.resident_bytes("VmRSS")
+        self.run(name)
+        return memory.resident_bytes("VmHWM") - before - self.hidden_TD.nbytes - self.lm_head_VD.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss(benchmark: BenchmarkFixture, dtype: str, limits: Limits) -> None:
+    """A training step of head and loss; in fp32 both ways to `F.cross_entropy` are one."""
+    size = size_name()
+    steps = LossSteps(DTYPES[dtype], size)
+    peers = [name for name in LOSSES if name != "sail" and (dtype != "fp32" or name != "cross_entropy_narrow")]
+    samples = harness.interleave(benchmark, steps, "sail", peers, budget=20.0 if size == "full" else 0.1)
+    T, D, V = SHAPES[size]
+    gflops = 6 * T * D * V / benchmark.stats.stats.median / 1e9
+    harness.record(
+        benchmark,
+        samples,
+        family="loss",
+        kind="train",
+        case={"dtype": dtype, "T": T, "D": D, "V": V},
+        gflops=gflops,
+        of_dense_mm=gflops / limits.dense_gflops[dtype],
+        peak={name: steps.peak(name) for name in samples},
+    )

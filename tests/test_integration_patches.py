@@ -1,0 +1,117 @@
+"""apply(model) against the eager implementation of transformers, on small random models; revert leaves no trace."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sail_ops.integrations.transformers import apply, revert
+from sail_ops.testing import assert_accurate, random
+
+transformers = pytest.importorskip("transformers")
+
+TEXT: dict[str, Any] = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.125,
+    pad_token_id=0,
+)
+MOE = dict(moe_intermediate_size=48, num_experts=8, num_experts_per_tok=3, output_router_logits=True)
+VISION = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, image_size=28, patch_size=14)
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", TEXT),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", TEXT | MOE),
+    "aimv2": ("Aimv2VisionConfig", "Aimv2VisionModel", VISION),
+}
+
+
+def build(name: str, layers: int, dtype: torch.dtype) -> Any:
+    """Random weights, the same for every dtype; norms away from one."""
+    config_name, model_name, options = MODELS[name]
+    config = getattr(transformers, config_name)(**options, num_hidden_layers=layers)
+    torch.manual_seed(0)
+    experts = {"experts_implementation": "eager"} if name == "qwen3_moe" else {}
+    model = getattr(transformers, model_name)._from_config(config, dtype=torch.float32, **experts)
+    for i, (key, weight) in enumerate(model.named_parameters()):
+        if "norm" in key:
+            weight.data = 1 + 0.2 * random(*weight.shape, seed=i)
+    return model.to(dtype)
+
+
+def arguments(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    if name == "aimv2":
+        return {"pixel_values": random(2, 3, 28, 28, dtype=dtype)}
+    ids = torch.randint(1, 96, (3, 23), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": torch.where(ids % 5 == 0, -100, ids)}
+
+
+def step(name: str, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The loss (of Aimv2: the features) and every gradient, each as one row: elements share errors behind a layer."""
+    out = model(**arguments(name, dtype))
+    result = out.last_hidden_state if name == "aimv2" else out.loss
+    result.backward(random(*result.shape, dtype=result.dtype, seed=9) if result.dim() else None)
+    gradients = {key: p.grad.flatten() for key, p in model.named_parameters() if p.grad is not None}
+    return {"result": result.detach().flatten(), **gradients}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_model_matches_eager(name: str, dtype: torch.dtype) -> None:
+    """One layer in bf16: with more, roundings would flip a routing of one implementation and not of the other."""
+    layers = 2 if dtype == torch.float32 else 1
+    ours = step(name, apply(build(name, layers, dtype)), dtype)
+    exact, base = (step(name, build(name, layers, d), d) for d in (torch.float64, dtype))
+    assert ours.keys() == exact.keys() and len(ours) > 8
+    if dtype == torch.bfloat16 and name != "aimv2":  # one number's error is a draw; its gradients have thousands
+        del ours["result"]
+    for key in ours:
+        assert_accurate(ours[key], exact[key], base[key].to(ours[key].dtype), name=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_revert_leaves_no_trace(name: str) -> None:
+    model = build(name, 1, torch.float32)
+    before = {module: dict(module.__dict__) for module in model.modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = step(name, deepcopy(model), torch.float32)
+    assert revert(apply(model)) is model
+    assert all("forward" not in module.__dict__ and module.__dict__.keys() == d.keys() for module, d in before.items())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    again = step(name, model, torch.float32)
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_logits_generation_and_loss_options(name: str) -> None:
+    plain, patched = build(name, 1, torch.float32).eval(), apply(build(name, 1, torch.float32).eval())
+    kwargs = arguments(name, torch.float32)
+    ids = kwargs["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(patched(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+        assert patched(**kwargs).logits is None
+        got, want = (m(**kwargs, num_items_in_batch=7).loss for m in (patched, plain))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(patched(**kwargs, return_dict=False)[0], plain(**kwargs).loss)
+        assert torch.equal(*(m.generate(ids, max_new_tokens=5, do_sample=False) for m in (patched, plain)))
+
+
+def test_bad_calls() -> None:
+    model = build("qwen3", 1, torch.float32)
+    with pytest.raises(ValueError, match="revert: Qwen3ForCausalLM is not patched"):
+        revert(model)
+    apply(model)
+    with pytest.raises(ValueError, match="apply: Qwen3ForCausalLM is patched already"):
+        apply(model)
+    with pytest.raises(ValueError, match="apply: Linear has none of Aimv2MLP"):
+        apply(torch.nn.Linear(2, 2))
+    config = transformers.Qwen3Config(**TEXT, num_hidden_layers=1, hidden_act="gelu")
+    other = transformers.Qwen3ForCausalLM(config)
+    with pytest.raises(ValueError, match="Qwen3MLP has act_fn .*, want silu"):
+        apply(other)
+    assert not any("forward" in module.__dict__ for module in other.modules())
