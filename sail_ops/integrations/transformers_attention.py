@@ -2,7 +2,8 @@
 
 The attention interface hands a function q [B, H, S, A], k and v [B, G, L, A] and the mask that `sail_attention_mask`
 made for the whole model: None, or padding [B, L]. A pack's lengths come as cu_seq_lens_q and its kin, as for flash
-attention. What a model asks for beyond that (other masks, sliding windows, soft caps, sinks, dropout) raises ValueError.
+attention. What a model asks for beyond that (other masks, sliding windows, soft caps, sinks, dropout) raises a
+ValueError.
 """
 
 from collections.abc import Callable
