@@ -7,7 +7,7 @@ ValueError.
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +74,12 @@ def sail_attention_forward(
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if q.shape[0] != 1:
             _refuse(f"cu_seq_lens_q with a batch of {q.shape[0]}, want one packed stream")
-        longest = (_longest(cu, n) for cu, n in ((cu_seq_lens_q, max_length_q), (cu_seq_lens_k, max_length_k)))
-        lengths = cu_seq_lens_q.int(), cu_seq_lens_k.int(), *longest
-        return attention_varlen(q[0], k[0], v[0], *lengths, causal=causal, softmax_scale=scaling)[None], None
+        longest_q, longest_k = _longest(cu_seq_lens_q, max_length_q), _longest(cu_seq_lens_k, max_length_k)
+        lengths = cu_seq_lens_q.int(), cu_seq_lens_k.int(), longest_q, longest_k
+        out = attention_varlen(q[0], k[0], v[0], *lengths, causal=causal, softmax_scale=scaling)
+        return cast(Tensor, out)[None], None
     if attention_mask is None:
-        return attention(q, k, v, causal=causal, softmax_scale=scaling), None
+        return cast(Tensor, attention(q, k, v, causal=causal, softmax_scale=scaling)), None
     if attention_mask.dim() != 2 or not attention_mask.shape[1]:
         _refuse(
             f"a mask that is neither causal nor padding (in {type(module).__name__}); for a pack pass cu_seq_lens_q"
@@ -92,7 +93,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask_BL: Tensor, causal: bool, scal
     cu_q, cu_k = (nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).int() for m in (real_q, real_k))
     longest = q.shape[1], k.shape[1]
     pack = q[real_q], k[real_k], v[real_k], cu_q, cu_k, *longest
-    out = attention_varlen(*pack, causal=causal, softmax_scale=scale)
+    out = cast(Tensor, attention_varlen(*pack, causal=causal, softmax_scale=scale))
     return torch.zeros_like(q, memory_format=torch.contiguous_format).index_put((real_q,), out)
 
 
