@@ -3,7 +3,7 @@
 The attention interface hands a function q [B, H, S, A], k and v [B, G, L, A] and the mask that `sail_attention_mask`
 made for the whole model: None, or padding [B, L]. A pack's lengths come as cu_seq_lens_q and its kin, as for flash
 attention. What a model asks for beyond that (other masks, sliding windows, soft caps, sinks, dropout) raises a
-ValueError.
+ValueError; so does torch.compile without a pack's lengths, as transformers then cannot tell a pack from a sequence.
 """
 
 from collections.abc import Callable
