@@ -26,8 +26,8 @@ class Case(NamedTuple):
     """Lengths of the sequences, query and key/value heads, head dim; a decode step has `queries` at their ends."""
 
     lengths: tuple[int, ...]
-    H: int = 32
-    G: int = 8
+    H: int = 16
+    G: int = 4
     A: int = 128
     causal: bool = True
     queries: int | None = None

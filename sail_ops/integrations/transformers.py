@@ -3,7 +3,9 @@
     from sail_ops.integrations.transformers import register
 
     register()
-    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="sail")
+    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="sail", attn_implementation="sail")
+
+Attention is in transformers_attention.py.
 
 The interface (transformers/integrations/moe.py) hands a function the experts module, hidden states [T, D], expert ids
 [T, K] and routing weights [T, K]. What we support of it is stacked weights [E, 2F, D] = [gate; up] and [E, D, F], with
@@ -22,6 +24,7 @@ from sail_ops import fused_experts
 from sail_ops.reference import ACTIVATIONS, gated_activation
 
 from .patches import apply, revert
+from .transformers_attention import sail_attention_forward, sail_attention_mask
 
 __all__ = ["apply", "register", "revert", "sail_experts_forward"]
 
@@ -36,14 +39,21 @@ _GATES: WeakKeyDictionary[nn.Module, tuple[str, float | None]] = WeakKeyDictiona
 
 
 def register(name: str = "sail") -> None:
-    """Make `experts_implementation=name` known to transformers; again is harmless. ImportError without it."""
+    """Make `experts_implementation=name` and `attn_implementation=name` known to transformers; again is harmless.
+
+    ImportError without it.
+    """
     try:
         from transformers.integrations.moe import ExpertsInterface
+        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.modeling_utils import AttentionInterface
     except ImportError as error:
         raise ImportError(
             "sail_ops.integrations.transformers needs transformers >= 5.0: pip install 'sail_ops[model]'"
         ) from error
     ExpertsInterface.register(name, sail_experts_forward)
+    AttentionInterface.register(name, sail_attention_forward)
+    AttentionMaskInterface.register(name, sail_attention_mask)
 
 
 def sail_experts_forward(
