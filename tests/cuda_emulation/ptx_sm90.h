@@ -309,6 +309,7 @@ template <int kPending> void wgmma_wait() {
     if (w.accumulators.empty()) w.fenced = false;
   });
 }
+template <int N> void hold(float (&)[N]) {}
 template <class T, int kN, bool kTransA, bool kTransB> void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
   const Call call{a, b, d, kN, kTransA, kTransB, std::is_same_v<T, __nv_bfloat16>};
   emu::warp_collective<char>("wgmma", ~0u, call, issue);

@@ -80,6 +80,12 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The compiler takes d for written when wgmma was issued: this keeps other uses of it on their side of the fence or wait.
+template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // d[64, kN] += A[64, 16] B[kN, 16]^T. Both operands by descriptor; a transposed one is stored
 // along M or N instead of K. Thread t of the warp group holds row t / 32 * 16 + t % 32 / 4 (+ 8 in d[i] with i & 2)
 // and columns i / 4 * 8 + t % 4 * 2 + (i & 1): of every 8 columns what mma.m16n8 gives.
@@ -91,11 +97,11 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
   "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"    \
   "%57,%58,%59,%60,%61,%62,%63"
-#define SAIL_D128                                                                                             \
-  SAIL_D64                                                                                                    \
-      ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
-      "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
-      "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define SAIL_D128                                                                                         \
+  SAIL_D64                                                                                                \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
+  "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
+  "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define SAIL_WGMMA(n, type, list, a, b, ta, tb)                                                                  \
   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " list "}, %" #a ", %" #b ", 1, 1, 1, %" #ta \
   ", %" #tb ";"
