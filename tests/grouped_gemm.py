@@ -7,11 +7,11 @@ functions are those of tests/cuda_emulation/grouped_gemm_sm80.cpp. R rows, E exp
 import math
 from typing import Any, NamedTuple
 
+import emulated
 import torch
 from torch import Tensor
 
 from sail_ops import reference, testing
-from tests import emulated
 
 PAD = 64
 DTYPES = (torch.bfloat16, torch.float16)

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated
 import pytest
 import torch
+from grouped_gemm import DTYPES, PROBLEMS, How, Problem, gated_backward, gated_forward, store_rows, wgrad
 from torch import Tensor
-
-from tests import emulated
-from tests.grouped_gemm import DTYPES, PROBLEMS, How, Problem, gated_backward, gated_forward, store_rows, wgrad
 
 SOURCE = emulated.EMULATION / "grouped_gemm_sm80.cpp"
 Run = Callable[..., Tensor]
