@@ -11,6 +11,8 @@ import torch
 from grouped_gemm import DTYPES, PROBLEMS, How, Problem, gated_backward, gated_forward, store_rows, wgrad
 from torch import Tensor
 
+pytestmark = pytest.mark.cpu_only  # it emulates a card whatever runs the operators
+
 SOURCE = emulated.EMULATION / "grouped_gemm_sm80.cpp"
 Run = Callable[..., Tensor]
 RUNS: list[Run] = [store_rows, gated_forward, gated_backward, wgrad]
