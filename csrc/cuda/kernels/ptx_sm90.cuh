@@ -47,9 +47,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- tensor copies: a box of the map, innermost coordinate first, to shared memory; zeros outside of the tensor
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y,
                                          int32_t z) {
   asm volatile(
@@ -65,10 +62,6 @@ template <int kRegisters> __device__ __forceinline__ void take_registers() {
 }
 template <int kRegisters> __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-// A barrier of `threads` threads, by number: 0 is __syncthreads.
-template <int kBarrier, int kThreads> __device__ __forceinline__ void named_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
 // ---- wgmma
@@ -108,13 +101,6 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 
 template <class T, int kN, bool kTransA, bool kTransB> struct Wgmma;
 #define SAIL_DEFINE_WGMMA(T, type)                                                        \
-  template <bool kTransA, bool kTransB> struct Wgmma<T, 128, kTransA, kTransB> {          \
-    static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b) {  \
-      asm volatile(SAIL_WGMMA(128, type, SAIL_D64, 64, 65, 66, 67)                        \
-                   : SAIL_F32(d, 0), SAIL_F32(d, 32)                                      \
-                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));               \
-    }                                                                                     \
-  };                                                                                      \
   template <bool kTransA, bool kTransB> struct Wgmma<T, 256, kTransA, kTransB> {          \
     static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b) { \
       asm volatile(SAIL_WGMMA(256, type, SAIL_D128, 128, 129, 130, 131)                   \
