@@ -106,7 +106,7 @@ def keep(results: dict[str, Any]) -> list[Path]:
         )  # vars: a MoeCase among the parameters
         path.write_text(text + "\n")
         written.append(path)
-        if family == "moe":
+        if family == "moe" and "card" not in results["machine_info"]:  # the chart's panels are a CPU's limits
             written.append(report.chart({**results, "benchmarks": rows}, path.with_suffix(".png")))
     return written
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated
 import pytest
 import torch
+from grouped_gemm import DTYPES, PROBLEMS, How, Problem, gated_backward, gated_forward, store_rows, wgrad
 from torch import Tensor
 
-from tests import emulated
-from tests.grouped_gemm import DTYPES, PROBLEMS, How, gated_backward, gated_forward, store_rows, wgrad
+pytestmark = pytest.mark.cpu_only  # it emulates a card whatever runs the operators
 
 SOURCE = emulated.EMULATION / "grouped_gemm_sm80.cpp"
 Run = Callable[..., Tensor]
@@ -93,6 +94,12 @@ def test_wgrad(library: emulated.Library, dtype: torch.dtype, name: str, fp32: b
     p = PROBLEMS[name]
     for two_parts, gather in ((True, (False, True)), (False, (True, False))):
         wgrad(library, p, dtype, How(), fp32=fp32, accumulate=accumulate, two_parts=two_parts, gather=gather)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_far_experts(library: emulated.Library, run: Run) -> None:
+    """Weights of more elements than 32 bits count."""
+    run(library, Problem((20, 9), 72, 40, expert_stride=2**31 + 8), torch.bfloat16, How())
 
 
 @pytest.mark.parametrize("run", RUNS)

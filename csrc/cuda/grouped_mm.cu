@@ -1,5 +1,6 @@
 // Bare grouped GEMM on CUDA: y[r] = x[r] @ w[e] for the rows of expert e. A weight [E, k, n] may be contiguous along n or,
 // as the transposed view of an [E, n, k] parameter, along k; neither is copied.
+#include "cutlass/grouped_mm.h"
 #include "moe.h"
 
 namespace sail::cuda {
@@ -20,7 +21,15 @@ void multiply(const Call& call, const MatrixProblem& p, const Tensor& w, const R
                                columns,
                                depth,
                                true};
-  grouped_gemm(call.card, problem, StoreRows{out.data(), columns, nullptr, nullptr}, call.launch(p.dtype));
+  const StoreRows to = {out.data(), columns, nullptr, nullptr};
+#ifdef SAIL_CUDA_CUTLASS
+  if (prefers_cutlass(call.card) && cutlass_takes(problem, to)) {
+    const Tensor memory = call.floats((cutlass_workspace(problem, call.launch(p.dtype)) + 3) / 4);
+    if (cutlass_grouped_gemm(problem, to, call.launch(p.dtype), memory.data())) return;
+    throw std::runtime_error("sail_ops.grouped_mm: CUTLASS refused a problem that it should take");
+  }
+#endif
+  grouped_gemm(call.card, problem, to, call.launch(p.dtype));
 }
 
 Tensor grouped_mm_cuda(const Tensor& x, const Tensor& w, const Tensor& offsets) {

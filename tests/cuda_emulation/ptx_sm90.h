@@ -170,7 +170,6 @@ inline void mbarrier_wait(uint64_t* p, uint32_t parity) {
 inline void fence_proxy_async() { state().proxy_fence[&emu::self()] = state().now++; }
 
 // ---- tensor copies
-inline void prefetch_tensor_map(const CUtensorMap*) {}
 inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y, int32_t z) {
   const Box box{map, {x, y, z}, emu::shared_address(to)};
   if (map->box[0] != 64) emu::fail("a box that is not 128 bytes wide");
@@ -185,7 +184,6 @@ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, i
 
 template <int kRegisters> void take_registers() { static_assert(kRegisters % 8 == 0 && kRegisters <= 256); }
 template <int kRegisters> void give_registers() { static_assert(kRegisters % 8 == 0 && kRegisters >= 24); }
-template <int kBarrier, int kThreads> void named_barrier() { emu::barrier(kBarrier, kThreads); }
 
 // ---- wgmma: element (mn, k) of an operand, by its descriptor. Layouts in units of 16-bit elements, T = 8:
 //   K-major    ((8, m), (T, 2k)) : ((8T, SBO), (1, T))           128-byte swizzle
@@ -309,6 +307,7 @@ template <int kPending> void wgmma_wait() {
     if (w.accumulators.empty()) w.fenced = false;
   });
 }
+template <int N> void hold(float (&)[N]) {}
 template <class T, int kN, bool kTransA, bool kTransB> void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
   const Call call{a, b, d, kN, kTransA, kTransB, std::is_same_v<T, __nv_bfloat16>};
   emu::warp_collective<char>("wgmma", ~0u, call, issue);

@@ -75,6 +75,8 @@ def prepare() -> dict[str, str]:
             sys.exit(f"gpu-check: {LIBRARY} is missing and there is no nvcc to build it")
         setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
         subprocess.run(setup, check=True, cwd=ROOT, env=environment | {"SAIL_OPS_CUDA": "ON"})
+    # a checkout that was only unpacked has no metadata, and the report and the results name the version
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT, check=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
     return environment
 

@@ -65,6 +65,7 @@ __device__ __forceinline__ void multiply(Shared& s, Ring& ring, int steps, bool 
   const uint32_t b0 = ptx::shared_address(s.b);
   const bool speaks = threadIdx.x % 32 == 0;
   int previous = 0;
+  ptx::hold(acc);
   for (int i = 0; i < steps; i++) {
     ptx::mbarrier_wait(&s.full[ring.slot], ring.parity);
     if (copied) ptx::fence_proxy_async();
@@ -82,6 +83,7 @@ __device__ __forceinline__ void multiply(Shared& s, Ring& ring, int steps, bool 
     ring.advance();
   }
   ptx::wgmma_wait<0>();
+  ptx::hold(acc);
   if (steps && speaks) ptx::mbarrier_arrive(&s.empty[previous]);
 }
 
