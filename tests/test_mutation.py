@@ -42,21 +42,21 @@ class Mutant(NamedTuple):
 
 MUTANTS = {
     "eps ignored": Mutant("rms_norm", "norm.cpp", "norm.cpp", " + static_cast<double>(eps)", ""),
-    "last columns dropped": Mutant("rms_norm", "norm.cpp", "loop.h", "if (c < n) body(c", "if (c < 0) body(c"),
-    "no mean term in dx": Mutant("rms_norm", "norm.cpp", "norm.cpp", " - xv * mean[i]", ""),
+    "last columns dropped": Mutant("rms_norm", "norm.cpp", "pairs.h", "if (c < n) body(c", "if (c < 0) body(c"),
+    "no mean term in dx": Mutant("rms_norm", "norm.cpp", "norm.cpp", " - v * dot[i]", ""),
     "a row missing in dweight": Mutant(
         "rms_norm", "norm.cpp", "norm.cpp", "for (int i = 0; i < n; i++) term[i]", "for (int i = 1; i < n; i++) term[i]"
     ),
-    "residual ignored": Mutant("add_rms_norm", "norm.cpp", "norm.cpp", " + load(residual + c, lanes)", ""),
-    "gradient of the sum ignored": Mutant("add_rms_norm", "norm.cpp", "norm.cpp", "if (add) d +=", "if (!dx[0]) d +="),
+    "residual ignored": Mutant("add_rms_norm", "norm.cpp", "norm.cpp", " + load2(residual + c, lanes)", ""),
+    "gradient of the sum ignored": Mutant("add_rms_norm", "norm.cpp", "norm.cpp", "if (add) d =", "if (!dx[0]) d ="),
     "gate and up swapped": Mutant(
         "swiglu",
         "activation.cpp",
         "activation.cpp",
-        "g * sigmoid(g) * load(u + c, lanes)",
-        "g * sigmoid(load(u + c, lanes)) * load(u + c, lanes)",
+        "g * sigmoid(g) * load2(u + c, lanes)",
+        "g * sigmoid(load2(u + c, lanes)) * load2(u + c, lanes)",
     ),
-    "derivative of sigmoid wrong": Mutant("swiglu", "activation.cpp", "activation.cpp", "g * (1.f - s))", "g)"),
+    "derivative of sigmoid wrong": Mutant("swiglu", "activation.cpp", "activation.cpp", "g.b * (1.f - s.b)", "g.b"),
     "exp a thousandth off": Mutant("swiglu", "activation.cpp", "vec.h", "1.6666665459e-1f", "1.67e-1f"),
     "mean not taken off": Mutant("layer_norm", "norm.cpp", "norm.cpp", "(LAYER ? v - mean - d : v)", "v"),
     "rounding of the mean left in": Mutant(
