@@ -1,6 +1,7 @@
 """Fused operators for mixture-of-experts models: the public list, nothing else."""
 
 from .activation import swiglu
+from .loss import linear_cross_entropy
 from .moe import fused_experts, grouped_experts, grouped_mm
 from .norm import add_rms_norm, rms_norm
 from .reference import Routing
@@ -12,6 +13,7 @@ __all__ = [
     "fused_experts",
     "grouped_experts",
     "grouped_mm",
+    "linear_cross_entropy",
     "load_balancing_loss",
     "rms_norm",
     "route_topk",

@@ -47,6 +47,29 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    lm_head: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
+    return_logprobs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """loss_t = w_t (-log softmax(lm_head @ hidden_t)[label_t] + z_loss lse_t^2), of logits rounded to their dtype."""
+    logits = _wide(F.linear(hidden, lm_head))
+    labeled = labels != ignore_index
+    lse = logits.logsumexp(-1)
+    target = logits.gather(-1, labels.long().where(labeled, 0)[..., None]).squeeze(-1)
+    logprobs = (target - lse) * labeled
+    weights = labeled.to(lse.dtype) if token_weights is None else labeled * token_weights
+    losses = weights * (z_loss * lse.square() - logprobs)
+    loss = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / weights.sum()}[reduction]
+    return (loss, logprobs.detach()) if return_logprobs else loss
+
+
 def route_topk(
     logits_TE: Tensor,
     k: int,

@@ -37,6 +37,28 @@ const auto schemas =
         .schema(
             "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, bool need_dx, "
             "bool need_dweight) -> (Tensor, Tensor)")
+        .schema("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor")
+        .schema("add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)")
+        .schema(
+            "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, bool need_dx, "
+            "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)")
+        // ---- rotary embedding: rope.cpp. cos and sin are [..., A] or [..., A/2], a row a token, or tables that
+        // positions index. rope's backward is rope with `transpose`.
+        .schema(
+            "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool transpose) -> (Tensor, Tensor)")
+        .schema(
+            "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
+            "Tensor? positions, float eps) -> (Tensor, Tensor)")
+        .schema(
+            "qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, "
+            "Tensor cos, Tensor sin, Tensor? positions, float eps, bool need_dweights)"
+            " -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)")
+        // ---- loss: loss.cpp. The gradients are those of sum_t scale_t (-logprob_t + z_loss lse_t^2); one that is not
+        // needed comes back as an empty tensor.
+        .schema(
+            "linear_cross_entropy(Tensor hidden, Tensor lm_head, Tensor labels, Tensor? scale, int ignore_index, "
+            "float z_loss, bool need_dhidden, bool need_dlm_head)"
+            " -> (Tensor logprobs, Tensor lse, Tensor dhidden, Tensor dlm_head)")
         // ---- element-wise: activation.cpp
         .schema("swiglu(Tensor gate, Tensor up) -> Tensor")
         .schema("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")

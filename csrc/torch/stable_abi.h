@@ -34,6 +34,12 @@ AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t*);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t*);
 AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
                                         AtenTensorHandle*);
+AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle, int64_t*);
+AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle, int64_t, const int64_t*, const int64_t*, int64_t,
+                                              AtenTensorHandle*);
+AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
+AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
+                                        double);
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*);
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle);
 AOTITorchError torch_get_num_threads(uint32_t*);
@@ -97,6 +103,7 @@ class Tensor {
     ok(aoti_torch_get_device_index(h_, &i), "device_index");
     return i;
   }
+  AtenTensorHandle handle() const { return h_; }
   AtenTensorHandle release() { return std::exchange(h_, nullptr); }
 
   // A new contiguous tensor on this one's device.
@@ -106,6 +113,14 @@ class Tensor {
     return empty_strided(sizes, strides, N, dtype);
   }
   Tensor empty_like() const { return empty(sz_, nd_, dt_); }
+  // A tensor on the same storage, from this one's first element on.
+  template <size_t N> Tensor view(const int64_t (&sizes)[N], const int64_t (&strides)[N]) const {
+    int64_t offset;
+    AtenTensorHandle out;
+    ok(aoti_torch_get_storage_offset(h_, &offset), "storage_offset");
+    ok(aoti_torch__reinterpret_tensor(h_, N, sizes, strides, offset, &out), "reinterpret_tensor");
+    return Tensor(out);
+  }
 
  private:
   Tensor empty(const int64_t* sizes, int64_t n, int32_t dtype) const {
