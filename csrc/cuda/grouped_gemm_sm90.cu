@@ -35,8 +35,7 @@ struct Start {
   bool encode(const TensorBox& b, CUtensorMap* map) const {
     if (!b.encodable()) return false;
     const uint32_t ones[3] = {1, 1, 1};
-    const auto type =
-        with.dtype == Element::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    const auto type = with.dtype == Element::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     // 256 bytes from memory: the second row of 128 belongs to the next step
     return encode_tiled()(map, type, 3, const_cast<void*>(b.data), b.size, b.stride, b.box, ones,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
