@@ -1,13 +1,56 @@
-"""Fixtures of every test: one run per CPU instruction set of this machine."""
+"""Fixtures of every test. SAIL_TEST_DEVICE says what runs the operators:
+cpu (default): one run per CPU instruction set of this machine;  emulated: the CUDA sources on the emulator
+(emulated_library.py);  cuda: the CUDA library, tensors being made on the device."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
+from functools import partial
 
 import pytest
+import torch
 
 from sail_ops import testing
 
+DEVICE = os.environ.get("SAIL_TEST_DEVICE", "cpu")
+NOT_ON_CUDA = "got float32, expected bfloat16 or float16 on a CUDA device"
 
-@pytest.fixture(params=testing.cpu_isas())
+
+@pytest.fixture(params=testing.cpu_isas() if DEVICE == "cpu" else [DEVICE])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if DEVICE != "cpu":
+        yield request.param
+        return
     with testing.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if DEVICE == "emulated":
+        from emulated_library import emulated
+
+        with emulated():
+            yield
+    elif DEVICE == "cuda":
+        monkeypatch.setattr(torch, "Generator", partial(torch.Generator, device="cuda"))
+        with torch.device("cuda"):
+            yield
+    else:
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """The expert kernels on CUDA take 16-bit operands alone, and say so: such a case is a skipped one."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if DEVICE != "cpu" and NOT_ON_CUDA in str(error):
+            pytest.skip(NOT_ON_CUDA)
+        raise
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if DEVICE != "cpu" and item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip("of the CPU's implementation alone"))
