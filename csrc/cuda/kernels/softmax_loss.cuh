@@ -7,7 +7,8 @@
 #include "elements.cuh"
 
 namespace sail::cuda {
-constexpr int kLossThreads = 512, kLossVectors = 4;  // of a block; loads of a thread in flight together
+constexpr int kLossThreads = 512;  // of a block; two blocks a multiprocessor, with 64 registers a thread
+constexpr int kLossVectors = 2;    // loads of a thread in flight together: 32 KB a multiprocessor; 4 spilled
 
 struct SoftmaxLoss {
   void* logits;        // [rows, V]; becomes the gradient where `gradient`
@@ -78,20 +79,19 @@ template <class T, int N> __device__ double log_sum_exp(const T* row, int64_t V)
 
 // With p = softmax(logits): logprob = log p[label], lse = log sum exp, and logits become
 // scale ((1 + 2 z_loss lse) p - [v is the label]). An ignored row gives zeros; a label out of range gives NaN.
-template <class T, int N> __global__ void __launch_bounds__(kLossThreads) softmax_loss_kernel(SoftmaxLoss a) {
-  __shared__ float shift, factor;
+template <class T, int N> __global__ void __launch_bounds__(kLossThreads, 2) softmax_loss_kernel(SoftmaxLoss a) {
+  __shared__ float shift, factor, target;
   const int64_t r = blockIdx.x, at = r * a.label_stride;
   const int64_t label =
       a.wide_labels ? static_cast<const int64_t*>(a.labels)[at] : static_cast<const int32_t*>(a.labels)[at];
   T* row = static_cast<T*>(a.logits) + r * a.V;
   const float scale = a.scale ? a.scale[r] : 1.f;
-  double target = 0;
   if (label != a.ignore_index) {
     const bool inside = label >= 0 && label < a.V;
     const double lse = log_sum_exp<T, N>(row, a.V);
     if (threadIdx.x == 0) {
-      target = inside ? static_cast<double>(static_cast<float>(row[label])) : static_cast<double>(NAN);
-      a.lse[r] = static_cast<float>(lse), a.logprobs[r] = static_cast<float>(target - lse);
+      target = inside ? static_cast<float>(row[label]) : NAN;
+      a.lse[r] = static_cast<float>(lse), a.logprobs[r] = static_cast<float>(static_cast<double>(target) - lse);
       shift = static_cast<float>(lse);
       const double rest = exp(static_cast<double>(shift) - lse);  // what rounding the shift took
       factor = inside ? static_cast<float>(static_cast<double>(scale) * (1 + 2 * a.z_loss * lse) * rest) : NAN;
@@ -119,7 +119,7 @@ template <class T, int N> __global__ void __launch_bounds__(kLossThreads) softma
   });
   __syncthreads();
   if (threadIdx.x == 0 && !ignored && label >= 0 && label < a.V) {
-    const double p = exp(target - static_cast<double>(shift));
+    const double p = exp(static_cast<double>(target) - static_cast<double>(shift));
     row[label] = static_cast<T>(static_cast<float>(static_cast<double>(factor) * p - static_cast<double>(scale)));
   }
 }
