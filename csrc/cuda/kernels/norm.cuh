@@ -23,10 +23,6 @@ struct NormBackward {
   float eps;
 };
 
-__device__ inline float inverse_root(float sum_of_squares, int64_t D, float eps) {
-  return 1.f / sqrtf(sum_of_squares / static_cast<float>(D) + eps);
-}
-
 // The mean of a row for LayerNorm, 0 for RMSNorm.
 template <bool kLayer, int N, bool kKept, class T>
 __device__ float row_mean(const Row<T, N, kKept>& x, int64_t width, int64_t D, int& turn) {
@@ -143,8 +139,9 @@ __global__ void __launch_bounds__(kRowThreads) norm_backward_kernel(NormBackward
     });
   }
   if constexpr (kKept) {
-    if (a.dweight) sum_slots<N>(dw, a.D, block_dweight);
-    if (a.dbias) sum_slots<N>(db, a.D, block_dbias);
+    const auto columns = [&](auto f) { for_columns<N, true>(a.D, f); };
+    if (a.dweight) sum_slots(dw, block_dweight, columns);
+    if (a.dbias) sum_slots(db, block_dbias, columns);
   }
 }
 }  // namespace sail::cuda

@@ -72,20 +72,25 @@ template <int M> __device__ void row_sum(float (&s)[M], int& turn) {
   turn ^= 1;
 }
 
+__device__ inline float inverse_root(float sum_of_squares, int64_t D, float eps) {
+  return 1.f / sqrtf(sum_of_squares / static_cast<float>(D) + eps);
+}
+
 // Adds up what the slots of a block hold of each column, in the order of the slots, and writes to[0..D): warps of
-// several rows by shuffles, warps by turns in shared memory, D floats of it. Every thread of the block calls it.
-template <int N> __device__ void sum_slots(float (&v)[kRowElements<N> / N][N], int64_t D, float* to) {
+// several rows by shuffles, warps by turns in shared memory, D floats of it. columns(f) calls f(i, c) for the columns c to
+// c + N of v[i]. Every thread of the block calls it.
+template <int K, int N, class Columns> __device__ void sum_slots(float (&v)[K][N], float* to, Columns columns) {
   float* shared = dynamic_shared<float>();
   const int rows_of_warp = blockDim.x < 32 ? 32 / blockDim.x : 1, turns = blockDim.y / rows_of_warp;
   for (int o = blockDim.x; o < 32; o *= 2) {
 #pragma unroll
-    for (int i = 0; i < kRowElements<N> / N; i++)
+    for (int i = 0; i < K; i++)
 #pragma unroll
       for (int j = 0; j < N; j++) v[i][j] += __shfl_xor_sync(~0u, v[i][j], o);
   }
   for (int turn = 0; turn < turns; turn++) {
     if (threadIdx.y == turn * rows_of_warp)
-      for_columns<N, true>(D, [&](int i, int64_t c) {
+      columns([&](int i, int64_t c) {
 #pragma unroll
         for (int j = 0; j < N; j++) {
           const float sum = turn ? shared[c + j] + v[i][j] : v[i][j];
