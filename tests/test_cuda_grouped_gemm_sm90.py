@@ -75,9 +75,7 @@ def test_activations(library: emulated.Library, activation: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "no_rows"])
 @pytest.mark.parametrize("fp32", [False, True], ids=["same", "fp32"])
 @pytest.mark.parametrize("gather", [(False, True), (True, False), (False, False)], ids=["b", "a", "none"])
-def test_wgrad(
-    library: emulated.Library, dtype: torch.dtype, name: str, fp32: bool, gather: tuple[bool, bool]
-) -> None:
+def test_wgrad(library: emulated.Library, dtype: torch.dtype, name: str, fp32: bool, gather: tuple[bool, bool]) -> None:
     two_parts = accumulate = gather[1] == fp32
     p = PROBLEMS[name]
     wgrad(library, p, dtype, How(seed=5), fp32=fp32, accumulate=accumulate, two_parts=two_parts, gather=gather)

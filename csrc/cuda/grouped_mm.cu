@@ -4,12 +4,6 @@
 
 namespace sail::cuda {
 namespace {
-MatrixProblem check_half(const Check& c, const Tensor& x, const Tensor& w, const Tensor& offsets) {
-  const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
-  c.that(p.dtype != DType::f32, "x", "float32", "bfloat16 or float16 on a CUDA device");
-  return p;
-}
-
 // out[r] = a[r] . B, B = w's expert read as [k, n] (`transposed` false) or as [n, k]
 void multiply(const Call& call, const MatrixProblem& p, const Tensor& w, const Rows& a, bool transposed,
               const int32_t* offsets, const Tensor& out) {
@@ -31,7 +25,7 @@ void multiply(const Call& call, const MatrixProblem& p, const Tensor& w, const R
 
 Tensor grouped_mm_cuda(const Tensor& x, const Tensor& w, const Tensor& offsets) {
   const Check c("grouped_mm");
-  const MatrixProblem p = check_half(c, x, w, offsets);
+  const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
   const DeviceGuard guard(x.device_index());
   const Call call(c, x);
   const Tensor starts = clamped_offsets(call, offsets, p.R, p.E);
@@ -44,7 +38,7 @@ Tensor grouped_mm_cuda(const Tensor& x, const Tensor& w, const Tensor& offsets) 
 std::tuple<Tensor, Tensor> grouped_mm_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& w,
                                                     const Tensor& offsets, bool need_x, bool need_w) {
   const Check c("grouped_mm_backward");
-  const MatrixProblem p = check_half(c, x, w, offsets);
+  const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
   c.dtype("dy", dy, x.dtype());
   c.shape("dy", dy, {p.R, p.n});
   c.contiguous("dy", dy);

@@ -21,8 +21,7 @@ template <class F> void dispatch_rows(DType dtype, bool vectors, bool kept, F f)
 
 DType check_input(const Check& c, const Tensor& x) {
   const DType dtype = c.real("x", x);
-  c.that(x.dim() >= 1 && x.dim() <= 8, "x", "shape " + shape_text(x), "1 to 8 dimensions, [..., D]");
-  c.positive("x", "D", x.size(-1));
+  c.rows("x", x);
   c.that(x.numel() / x.size(-1) <= INT32_MAX, "x", "shape " + shape_text(x), "at most 2147483647 rows");
   return dtype;
 }

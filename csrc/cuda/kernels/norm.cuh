@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kRowThreads) norm_backward_kernel(NormBackward
       load(weight + c, w);
       if (a.grad_sum) load(static_cast<const T*>(a.grad_sum) + row * a.grad_sum_stride + c, extra);
 #pragma unroll
-      for (int j = 0; j < N; j++) x[j] = fmaf(w[j] * g[j] - wg_mean - x[j] * slope, r, extra[j]);
+      for (int j = 0; j < N; j++) x[j] = fmaf(fmaf(-x[j], slope, fmaf(w[j], g[j], -wg_mean)), r, extra[j]);
       store(static_cast<T*>(a.dx) + row * a.D + c, x);
     });
   }

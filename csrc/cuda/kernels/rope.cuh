@@ -239,8 +239,8 @@ template <class T, int N> __global__ void __launch_bounds__(kRopeThreads) qk_nor
           angles.rotate_back(i, j, n_low[j], n_high[j]);
           dw_low.v[i][j] = fmaf(n_low[j], x_low[j] * r, dw_low.v[i][j]);
           dw_high.v[i][j] = fmaf(n_high[j], x_high[j] * r, dw_high.v[i][j]);
-          x_low[j] = (w_low[j] * n_low[j] - x_low[j] * slope) * r;
-          x_high[j] = (w_high[j] * n_high[j] - x_high[j] * slope) * r;
+          x_low[j] = fmaf(-x_low[j], slope, w_low[j] * n_low[j]) * r;
+          x_high[j] = fmaf(-x_high[j], slope, w_high[j] * n_high[j]) * r;
         }
         T* dx = out + static_cast<int64_t>(first + h) * a.A;
         store(dx + c, x_low), store(dx + half + c, x_high);
