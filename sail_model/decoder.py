@@ -18,7 +18,7 @@ from .config import is_moe_layer
 from .layers import RMSNorm, residual_linear, residual_scale
 
 Statistics = tuple[Tensor, Tensor]  # counts_E, prob_sum_E
-Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, L, 1, A/2]
+Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, L, A/2]
 
 
 class LanguageModel(nn.Module):
@@ -125,9 +125,9 @@ class Attention(nn.Module):
         past_key_values: Cache | None,
     ) -> Tensor:
         heads = (-1, self.head_dim)
-        q_BLHA = rotate(self.q_norm(self.q_proj(x_BLD).unflatten(-1, heads)), rotation)
-        k_BLGA = rotate(self.k_norm(self.k_proj(x_BLD).unflatten(-1, heads)), rotation)
-        v_BLGA = self.v_proj(x_BLD).unflatten(-1, heads)
+        q_BLHA, k_BLGA, v_BLGA = (p(x_BLD).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        weights = self.q_norm.weight, self.k_norm.weight
+        q_BLHA, k_BLGA = sail_ops.qk_norm_rope(q_BLHA, k_BLGA, *weights, *rotation, self.q_norm.eps)
         if packed is not None:
             out_BLHA = packed_attention(q_BLHA[0], k_BLGA[0], v_BLGA[0], packed)[None]
         else:
@@ -187,19 +187,12 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def rotary_tables(positions_BL: Tensor, config: PreTrainedConfig) -> Rotation:
-    """cos and sin of position / theta^(2i/A), fp32, [B, L, 1, A/2].
+    """cos and sin of position / theta^(2i/A), fp32, [B, L, A/2].
 
     Computed anew in each step: a buffer would lose its precision when an engine casts the model to bf16.
     """
     dim = head_dim(config)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions_BL.device) / dim
     inverse_frequencies = 1.0 / config.rope_parameters["rope_theta"] ** exponents
-    angles = positions_BL[..., None, None].float() * inverse_frequencies
+    angles = positions_BL[..., None].float() * inverse_frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x_BLHA: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+A/2}) by the angle of their position, in the precision of `rotation`; round once."""
-    cos, sin = rotation
-    low, high = x_BLHA.chunk(2, -1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BLHA.dtype)

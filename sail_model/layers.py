@@ -25,6 +25,13 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class LayerNorm(nn.LayerNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, through `sail_ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sail_ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def residual_linear(in_features: int, out_features: int, num_layers: int) -> nn.Linear:
     """A Linear that writes to the residual stream of `num_layers` layers, each adding twice.
 

@@ -42,6 +42,51 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float = 1e-
     return rms_norm(s, weight_D, eps), s
 
 
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, reduced in fp32 (fp64 for fp64 inputs), rounded once."""
+    wide = _wide(x)
+    centered = wide - wide.mean(-1, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide.dtype)
+    return (y if bias_D is None else y + bias_D.to(wide.dtype)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """s = x + residual (rounded to x's dtype); returns (layer_norm(s), s)."""
+    s = x + residual
+    return layer_norm(s, weight_D, bias_D, eps), s
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y = x * cos + rotate_half(x) * sin with rotate_half(x) = (-x_high, x_low), for q and k; rounded once."""
+    if positions is not None:
+        cos, sin = cos[positions.long()], sin[positions.long()]
+    if cos.shape[-1] * 2 == q.shape[-1]:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def rotated(x: Tensor) -> Tensor:
+        low, high = _wide(x).chunk(2, -1)
+        return (_wide(x) * cos + torch.cat((-high, low), -1) * sin).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight_A: Tensor,
+    k_weight_A: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope` of the heads' `rms_norm`, of which the result is rounded to its dtype, as Qwen3 has it."""
+    return rope(rms_norm(q, q_weight_A, eps), rms_norm(k, k_weight_A, eps), cos, sin, positions)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """y = silu(gate) * up, computed in fp32 (fp64 for fp64 inputs), rounded once."""
     return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)

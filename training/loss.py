@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sail_ops
@@ -33,17 +32,24 @@ class TrainedModel(nn.Module):
 
     def forward(self, batch: PackedBatch, pixel_values: Tensor) -> Objective:
         """sum over labels of -log softmax(logits of the position before)[label]; padding is in no statistic."""
-        logits_NV, targets_N, counts_ME, prob_sum_ME = answer_logits(self.model, batch, pixel_values)
-        return Objective(F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), counts_ME, prob_sum_ME)
+        hidden_ND, targets_N, counts_ME, prob_sum_ME = answer_states(self.model, batch, pixel_values)
+        head_VD = self.model.language_model.lm_head.weight
+        loss = sail_ops.linear_cross_entropy(hidden_ND, head_VD, targets_N, reduction="sum")
+        return Objective(loss, counts_ME, prob_sum_ME)
 
 
 def answer_logits(
     model: SailVL2ForConditionalGeneration, batch: PackedBatch, pixel_values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logits [N, V] and targets [N] of the labeled positions in order, counts [M, E], probability sums [M, E]).
+    """(logits [N, V] and targets [N] of the labeled positions in order, counts [M, E], probability sums [M, E])."""
+    hidden_ND, *rest = answer_states(model, batch, pixel_values)
+    return model.language_model.lm_head(hidden_ND), *rest
 
-    The head runs only where there is a label: a tenth of the positions, and of the memory for logits.
-    """
+
+def answer_states(
+    model: SailVL2ForConditionalGeneration, batch: PackedBatch, pixel_values: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`answer_logits` before the head: final hidden states [N, D], which are a tenth of all positions."""
     x_BLD = _embed(model, batch.input_ids_BL, model.get_image_features(pixel_values))
     hidden_BLD, statistics = model.language_model.model(
         x_BLD,
@@ -53,10 +59,9 @@ def answer_logits(
     )
     targets = batch.labels_BL[:, 1:]
     labeled = targets != IGNORE
-    logits_NV = model.language_model.lm_head(hidden_BLD[:, :-1][labeled])
     counts, sums = zip(*statistics, strict=True) if statistics else ((), ())
     stack = torch.stack if statistics else lambda _: torch.zeros(0, 0)
-    return logits_NV, targets[labeled], stack(counts), stack(sums)
+    return hidden_BLD[:, :-1][labeled], targets[labeled], stack(counts), stack(sums)
 
 
 def _embed(model: SailVL2ForConditionalGeneration, ids_BL: Tensor, features_NPD: Tensor) -> Tensor:

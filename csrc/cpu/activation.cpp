@@ -44,11 +44,12 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
   const Rows g(c, "gate", gate);
   check_like(c, "up", up, gate);
   const Rows u(c, "up", up);
-  Tensor out = gate.empty_like();
+  Tensor out = huge_like(gate);
   const Rows o(c, "out", out);
   const auto kernel = activation_kernels().swiglu[static_cast<int>(dtype)];
+  const bool stream = streams(gate.numel() * element_size(dtype), g.width() * element_size(dtype));
   Pieces({&g, &u, &o}, element_size(dtype)).parallel([&](int64_t row, int64_t at, int64_t n) {
-    kernel(g[row] + at, u[row] + at, o[row] + at, n);
+    kernel(g[row] + at, u[row] + at, o[row] + at, n, stream);
   });
   return out;
 }
@@ -60,11 +61,12 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gat
   check_like(c, "up", up, gate);
   check_like(c, "grad", grad, gate);
   const Rows u(c, "up", up), d(c, "grad", grad);
-  Tensor dgate = gate.empty_like(), dup = gate.empty_like();
+  Tensor dgate = huge_like(gate), dup = huge_like(gate);
   const Rows dg(c, "dgate", dgate), du(c, "dup", dup);
   const auto kernel = activation_kernels().swiglu_backward[static_cast<int>(dtype)];
+  const bool stream = streams(gate.numel() * element_size(dtype), g.width() * element_size(dtype));
   Pieces({&d, &g, &u, &dg, &du}, element_size(dtype)).parallel([&](int64_t row, int64_t at, int64_t n) {
-    kernel(d[row] + at, g[row] + at, u[row] + at, dg[row] + at, du[row] + at, n);
+    kernel(d[row] + at, g[row] + at, u[row] + at, dg[row] + at, du[row] + at, n, stream);
   });
   return {std::move(dgate), std::move(dup)};
 }

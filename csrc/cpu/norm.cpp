@@ -1,4 +1,4 @@
-// RMSNorm on the CPU: check, split the rows over threads, call the active instruction set's kernel.
+// The norms on the CPU: check, split the rows over threads, call the active instruction set's kernel.
 #include "kernels/norm.h"
 
 #include <algorithm>
@@ -8,8 +8,12 @@
 
 namespace sail::cpu {
 namespace {
-// Rows that share one partial dweight. Fixed, so that the sum's order, and every bit of it, is the same for any number
-// of threads; the fp64 partial sums are then 1/8 of the size of x in bf16.
+using OptTensor = std::optional<Tensor>;
+using NormKernel = void (*const (&)[3])(const NormRow&);
+using BackwardKernel = void (*const (&)[3])(const NormBackwardRows&);
+
+// Rows that share one partial dweight, summed in fp32 by groups of four. Fixed, so that the sum's order, and every bit
+// of it, is the same for any number of threads; the partial sums are then 1/16 of the size of x in bf16.
 constexpr int64_t kBlock = 32;
 constexpr int64_t kParallelFrom = 32768;  // elements; below, starting the threads costs more than they save
 
@@ -22,89 +26,134 @@ void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& 
          "shape " + shape_text(x));
 }
 
-void check_weight(const Check& c, const Tensor& weight, const Tensor& x) {
-  c.same_device("weight_D", weight, x);
-  c.dtype("weight_D", weight, x.dtype());
-  c.shape("weight_D", weight, {x.size(-1)});
-  c.contiguous("weight_D", weight);
+void check_vector(const Check& c, const char* arg, const Tensor& t, const Tensor& x) {
+  c.same_device(arg, t, x);
+  c.dtype(arg, t, x.dtype());
+  c.shape(arg, t, {x.size(-1)});
+  c.contiguous(arg, t);
+}
+
+// (norm(x), nothing), or (norm(x + residual), the sum)
+std::pair<Tensor, OptTensor> forward(const Check& c, NormKernel kernels, const Tensor& x, const Tensor* residual,
+                                     const Tensor& weight, const OptTensor& bias, double eps) {
+  const Rows in(c, "x", x);
+  std::optional<Rows> in2, out2;
+  if (residual) check_like(c, "residual", *residual, x), in2.emplace(c, "residual", *residual);
+  check_vector(c, "weight_D", weight, x);
+  if (bias) check_vector(c, "bias_D", *bias, x);
+  Tensor y = huge_like(x);
+  const Rows out(c, "y", y);
+  OptTensor sum;
+  if (residual) sum.emplace(huge_like(x)), out2.emplace(c, "sum", *sum);
+  const auto kernel = kernels[static_cast<int>(c.real("x", x))];
+#pragma omp parallel for num_threads(threads(x.numel()))
+  for (int64_t r = 0; r < in.count(); r++)
+    kernel({in[r], in2 ? (*in2)[r] : nullptr, weight.data(), bias ? bias->data() : nullptr, out[r],
+            out2 ? (*out2)[r] : nullptr, in.width(), static_cast<float>(eps)});
+  return {std::move(y), std::move(sum)};
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const Check c("rms_norm");
-  const Rows in(c, "x", x);
-  check_weight(c, weight, x);
-  Tensor y = x.empty_like();
-  const Rows out(c, "y", y);
-  const auto kernel = norm_kernels().rms_norm[static_cast<int>(c.real("x", x))];
-#pragma omp parallel for num_threads(threads(x.numel()))
-  for (int64_t r = 0; r < in.count(); r++) kernel(in[r], weight.data(), out[r], in.width(), static_cast<float>(eps));
-  return y;
+  return forward(Check("rms_norm"), norm_kernels().rms_norm, x, nullptr, weight, std::nullopt, eps).first;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   const Check c("add_rms_norm");
-  const Rows in(c, "x", x);
-  check_like(c, "residual", residual, x);
-  const Rows in2(c, "residual", residual);
-  check_weight(c, weight, x);
-  Tensor y = x.empty_like(), sum = x.empty_like();
-  const Rows out(c, "y", y), out2(c, "sum", sum);
-  const auto kernel = norm_kernels().add_rms_norm[static_cast<int>(c.real("x", x))];
-#pragma omp parallel for num_threads(threads(x.numel()))
-  for (int64_t r = 0; r < in.count(); r++)
-    kernel(in[r], in2[r], weight.data(), out[r], out2[r], in.width(), static_cast<float>(eps));
-  return {std::move(y), std::move(sum)};
+  auto [y, sum] = forward(c, norm_kernels().rms_norm, x, &residual, weight, std::nullopt, eps);
+  return {std::move(y), std::move(*sum)};
 }
 
-// Gradients of x (plus grad_sum) and of the weight; one that is not needed comes back with no elements.
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x,
-                                             const Tensor& weight, double eps, bool need_dx, bool need_dweight) {
-  const Check c("rms_norm_backward");
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, double eps) {
+  return forward(Check("layer_norm"), norm_kernels().layer_norm, x, nullptr, weight, bias, eps).first;
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                          const OptTensor& bias, double eps) {
+  auto [y, sum] = forward(Check("add_layer_norm"), norm_kernels().layer_norm, x, &residual, weight, bias, eps);
+  return {std::move(y), std::move(*sum)};
+}
+
+// A sum over the rows, by blocks; with no elements where it is not needed.
+struct ColumnSums {
+  Tensor out;
+  int64_t D, stride, blocks;
+  std::unique_ptr<float[]> partial;  // [blocks, stride]
+
+  ColumnSums(const Tensor& weight, bool needed, int64_t rows)
+      : out(empty(weight, needed)), D(weight.size(0)), stride(norm_partial(D)), blocks((rows + kBlock - 1) / kBlock) {
+    if (needed) partial = std::make_unique<float[]>(blocks * stride);
+  }
+  static Tensor empty(const Tensor& weight, bool needed) {
+    const int64_t n[] = {needed ? weight.size(0) : 0};
+    return weight.empty(n, weight.dtype());
+  }
+  float* block(int64_t b) const { return partial ? &partial[b * stride] : nullptr; }
+  void finish(DType dtype) const {
+    constexpr int64_t kColumns = 256;
+    if (!partial) return;
+    const auto kernel = norm_kernels().sum_rows[static_cast<int>(dtype)];
+#pragma omp parallel for num_threads(threads(blocks* D))
+    for (int64_t n = 0; n < D; n += kColumns)
+      kernel(&partial[n], blocks, stride, std::min(kColumns, D - n), out.ptr<char>() + n * element_size(dtype));
+  }
+};
+
+// Gradients of x (plus grad_sum), of the weight and of the bias; one that is not needed comes back with no elements.
+std::tuple<Tensor, Tensor, Tensor> backward(const Check& c, BackwardKernel kernels, const Tensor& grad,
+                                            const OptTensor& grad_sum, const Tensor& x, const Tensor& weight,
+                                            double eps, bool need_dx, bool need_dweight, bool need_dbias) {
   const Rows in(c, "x", x);
   check_like(c, "grad", grad, x);
   const Rows in_grad(c, "grad", grad);
-  std::optional<Rows> in_sum;
-  if (grad_sum) {
-    check_like(c, "grad_sum", *grad_sum, x);
-    in_sum.emplace(c, "grad_sum", *grad_sum);
-  }
-  check_weight(c, weight, x);
-  const int64_t rows = in.count(), D = in.width(), blocks = (rows + kBlock - 1) / kBlock;
-  const int64_t none[] = {0};
-  Tensor dx = need_dx ? x.empty_like() : x.empty(none, x.dtype());
-  Tensor dweight = need_dweight ? weight.empty_like() : x.empty(none, x.dtype());
-  std::optional<Rows> out;
+  std::optional<Rows> in_sum, out;
+  if (grad_sum) check_like(c, "grad_sum", *grad_sum, x), in_sum.emplace(c, "grad_sum", *grad_sum);
+  check_vector(c, "weight_D", weight, x);
+  const int64_t rows = in.count(), none[] = {0};
+  Tensor dx = need_dx ? huge_like(x) : x.empty(none, x.dtype());
   if (need_dx) out.emplace(c, "dx", dx);
-  const auto partial = std::make_unique<double[]>(need_dweight ? blocks * D : 0);
-  const auto& kernels = norm_kernels();
-  const int dtype = static_cast<int>(c.real("x", x));
+  ColumnSums dweight(weight, need_dweight, rows), dbias(weight, need_dbias, rows);
+  const DType dtype = c.real("x", x);
+  const auto kernel = kernels[static_cast<int>(dtype)];
+  const bool stream = need_dx && streams(x.numel() * element_size(dtype), in.width() * element_size(dtype));
 #pragma omp parallel for num_threads(threads(x.numel()))
-  for (int64_t b = 0; b < blocks; b++)
+  for (int64_t b = 0; b < dweight.blocks; b++)
     for (int64_t r = b * kBlock, stop = std::min(rows, r + kBlock); r < stop; r += kNormGroup) {
-      RmsNormBackwardRows group = {};
-      group.weight = weight.data(), group.dweight = need_dweight ? &partial[b * D] : nullptr;
-      group.D = D, group.eps = static_cast<float>(eps);
+      NormBackwardRows group = {};
+      group.stream = stream;
+      group.weight = weight.data(), group.dweight = dweight.block(b), group.dbias = dbias.block(b);
+      group.D = in.width(), group.eps = static_cast<float>(eps);
       group.rows = static_cast<int>(std::min<int64_t>(kNormGroup, stop - r));
       for (int i = 0; i < group.rows; i++) {
         group.grad[i] = in_grad[r + i], group.x[i] = in[r + i];
         group.grad_sum[i] = in_sum ? (*in_sum)[r + i] : nullptr;
         group.dx[i] = out ? (*out)[r + i] : nullptr;
       }
-      kernels.rms_norm_backward[dtype](group);
+      kernel(group);
     }
-  if (need_dweight) {
-    constexpr int64_t kColumns = 256;
-#pragma omp parallel for num_threads(threads(blocks* D))
-    for (int64_t n = 0; n < D; n += kColumns)
-      kernels.sum_rows[dtype](&partial[n], blocks, D, std::min(kColumns, D - n),
-                              dweight.ptr<char>() + n * element_size(static_cast<DType>(dtype)));
-  }
+  dweight.finish(dtype), dbias.finish(dtype);
+  return {std::move(dx), std::move(dweight.out), std::move(dbias.out)};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const OptTensor& grad_sum, const Tensor& x,
+                                             const Tensor& weight, double eps, bool need_dx, bool need_dweight) {
+  auto [dx, dweight, none] = backward(Check("rms_norm_backward"), norm_kernels().rms_norm_backward, grad, grad_sum, x,
+                                      weight, eps, need_dx, need_dweight, false);
   return {std::move(dx), std::move(dweight)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const OptTensor& grad_sum, const Tensor& x,
+                                                       const Tensor& weight, double eps, bool need_dx,
+                                                       bool need_dweight, bool need_dbias) {
+  return backward(Check("layer_norm_backward"), norm_kernels().layer_norm_backward, grad, grad_sum, x, weight, eps,
+                  need_dx, need_dweight, need_dbias);
 }
 
 const auto library = Library::impl("sail_ops", "CPU")
                          .kernel<rms_norm>("rms_norm")
                          .kernel<add_rms_norm>("add_rms_norm")
-                         .kernel<rms_norm_backward>("rms_norm_backward");
+                         .kernel<rms_norm_backward>("rms_norm_backward")
+                         .kernel<layer_norm>("layer_norm")
+                         .kernel<add_layer_norm>("add_layer_norm")
+                         .kernel<layer_norm_backward>("layer_norm_backward");
 }  // namespace
 }  // namespace sail::cpu

@@ -1,9 +1,28 @@
 // The rows of a tensor [..., D]: the last dimension is contiguous, the others may have any strides.
 #pragma once
+#include <unistd.h>
+
+#include <algorithm>
+
 #include "../torch/checks.h"
+#include "workspace.h"
 
 namespace sail::cpu {
 inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// A new contiguous tensor like t, in huge pages where it is large enough for them.
+inline Tensor huge_like(const Tensor& t) {
+  Tensor out = t.empty_like();
+  advise_huge_pages(out.data(), out.numel() * (out.dtype() == aoti_torch_dtype_float32() ? 4 : 2));
+  return out;
+}
+
+// Whether a result of this size is stored past the caches: where it and as much input overflow the last one, its lines
+// would be read first and driven out again before anyone needs them. A store is 64 bytes, aligned.
+inline bool streams(int64_t bytes, int64_t row_bytes) {
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20);
+  return 2 * bytes > cache && row_bytes % 64 == 0;
+}
 
 class Rows {
  public:

@@ -1,28 +1,41 @@
 #include "activation.h"
 
-#include "loop.h"
+#include "pairs.h"
 
 namespace sail::cpu::SAIL_ISA {
 namespace {
-template <class T> void swiglu_kernel(const void* gp, const void* up, void* op, int64_t n) {
+vf2 sigmoid(vf2 x) { return {fast_sigmoid(x.a), fast_sigmoid(x.b)}; }
+
+template <class T, class Lanes> void put(T* p, vf2 v, Lanes lanes, bool stream) {
+  if (stream)
+    stream2(p, v, lanes);
+  else
+    store2(p, v, lanes);
+}
+
+template <class T> void swiglu_kernel(const void* gp, const void* up, void* op, int64_t n, bool stream) {
   const T *gate = static_cast<const T*>(gp), *u = static_cast<const T*>(up);
   T* out = static_cast<T*>(op);
-  for_vectors(n, [=](int64_t c, auto lanes) {
-    const vf g = load(gate + c, lanes);
-    store(out + c, g * sigmoid(g) * load(u + c, lanes), lanes);
+  for_pairs(n, [=](int64_t c, auto lanes) {
+    const vf2 g = load2(gate + c, lanes);
+    put(out + c, g * sigmoid(g) * load2(u + c, lanes), lanes, stream);
   });
+  if (stream) fence();
 }
 
 // with s = sigmoid(gate): dgate = grad up s (1 + gate (1 - s)), dup = grad gate s
 template <class T>
-void swiglu_backward_kernel(const void* dp, const void* gp, const void* up, void* dgp, void* dup, int64_t n) {
+void swiglu_backward_kernel(const void* dp, const void* gp, const void* up, void* dgp, void* dup, int64_t n,
+                            bool stream) {
   const T *grad = static_cast<const T*>(dp), *gate = static_cast<const T*>(gp), *u = static_cast<const T*>(up);
   T *dgate = static_cast<T*>(dgp), *du = static_cast<T*>(dup);
-  for_vectors(n, [=](int64_t c, auto lanes) {
-    const vf g = load(gate + c, lanes), d = load(grad + c, lanes), s = sigmoid(g);
-    store(dgate + c, d * load(u + c, lanes) * s * (1.f + g * (1.f - s)), lanes);
-    store(du + c, d * g * s, lanes);
+  for_pairs(n, [=](int64_t c, auto lanes) {
+    const vf2 g = load2(gate + c, lanes), d = load2(grad + c, lanes), s = sigmoid(g);
+    const vf2 slope = {1.f + g.a * (1.f - s.a), 1.f + g.b * (1.f - s.b)};
+    put(dgate + c, d * load2(u + c, lanes) * s * slope, lanes, stream);
+    put(du + c, d * g * s, lanes, stream);
   });
+  if (stream) fence();
 }
 }  // namespace
 

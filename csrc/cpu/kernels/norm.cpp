@@ -1,125 +1,144 @@
-// RMSNorm, a row at a time: one pass for the sums, one for the results; the second finds the row in the L1 or L2 cache.
-// The backward recomputes 1/rms: it reads x for the dot product anyway, and nothing but x needs to be saved.
+// RMSNorm and LayerNorm, a row at a time: passes for the sums, one for the results; all but the first find the row in
+// the L1 or L2 cache. LayerNorm takes the mean first and the squares of what is left: no cancellation. The mean's own
+// rounding is found in the same pass and taken off.
+// The backward recomputes mean and 1/rms: it reads x anyway, and nothing but x needs to be saved.
 #include "norm.h"
 
-#include "loop.h"
+#include "pairs.h"
 
 namespace sail::cpu::SAIL_ISA {
 namespace {
-// A column's sum over rows is fp64, in fixed groups of fp32 sums: as exact for a million rows as for one group.
-typedef double vd __attribute__((vector_size(8 * W)));
-inline vd load(const double* p, All) {
-  vd v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-inline vd load(const double* p, Some s) {
-  vd v = {};
-  memcpy(&v, p, s.n * sizeof(double));
-  return v;
-}
-inline void add_to(double* p, vf v, All) {
-  const vd total = load(p, All{}) + __builtin_convertvector(v, vd);
-  memcpy(p, &total, sizeof total);
-}
-inline void add_to(double* p, vf v, Some s) {
-  const vd total = load(p, s) + __builtin_convertvector(v, vd);
-  memcpy(p, &total, s.n * sizeof(double));
-}
-
 // The few scalars of a row are fp64: free next to the row, and where dx cancels, their rounding would show.
-inline double inverse_rms(float sum_of_squares, int64_t D, float eps) {
-  return 1 / sqrt(static_cast<double>(sum_of_squares) / static_cast<double>(D) + static_cast<double>(eps));
+inline double mean_of(vf2 total, int64_t D) { return static_cast<double>(sum(sum2(total))) / static_cast<double>(D); }
+inline double inverse_sqrt(double variance, float eps) { return 1 / sqrt(variance + static_cast<double>(eps)); }
+
+template <class T> vf2 sum_of_row(const T* x, int64_t D) {
+  return sum_pairs<vf2>(D, [=](int64_t c, auto lanes, vf2& acc) { acc = acc + load2(x + c, lanes); });
 }
 
-template <class T> void scale_row(const T* x, const T* w, T* y, int64_t D, double inverse) {
-  const float r = static_cast<float>(inverse);
-  for_vectors(D, [=](int64_t c, auto lanes) { store(y + c, load(x + c, lanes) * r * load(w + c, lanes), lanes); });
+// x - mean, 0 in the lanes past the end of the row
+template <class T> inline vf2 centered(const T* x, float mean, All) { return load2(x, All{}) - mean; }
+template <class T> inline vf2 centered(const T* x, float mean, Some s) {
+  T ones[2 * W] = {};
+  for (int i = 0; i < s.n; i++) from_float(1, ones + i);
+  return (load2(x, s) - mean) * load2(ones, All{});
 }
 
-template <class T> void rms_norm_kernel(const void* xp, const void* wp, void* yp, int64_t D, float eps) {
-  const T* x = static_cast<const T*>(xp);
-  const vf squares = sum_vectors<vf>(D, [=](int64_t c, auto lanes, vf& acc) {
-    const vf v = load(x + c, lanes);
-    acc = fma(v, v, acc);
+struct RowSums {
+  vf2 squares, rest;  // rest: of x - mean, what the rounding of the mean left
+};
+inline RowSums operator+(RowSums a, RowSums b) { return {a.squares + b.squares, a.rest + b.rest}; }
+
+template <class T, bool LAYER> void norm_kernel(const NormRow& in) {
+  const T *x = static_cast<const T*>(in.x), *residual = static_cast<const T*>(in.residual);
+  const T *w = static_cast<const T*>(in.weight), *bias = static_cast<const T*>(in.bias);
+  T *y = static_cast<T*>(in.y), *total = static_cast<T*>(in.sum);
+  if (residual) {
+    for_pairs(in.D, [=](int64_t c, auto lanes) {
+      store2(total + c, load2(x + c, lanes) + load2(residual + c, lanes), lanes);
+    });
+    x = total;  // rounded, as the backward will see it
+  }
+  const float mean = LAYER ? static_cast<float>(mean_of(sum_of_row(x, in.D), in.D)) : 0.f;
+  const RowSums sums = sum_pairs<RowSums>(in.D, [=](int64_t c, auto lanes, RowSums& acc) {
+    const vf2 v = LAYER ? centered(x + c, mean, lanes) : load2(x + c, lanes);
+    acc.squares = fma(v, v, acc.squares);
+    if (LAYER) acc.rest = acc.rest + v;
   });
-  scale_row(x, static_cast<const T*>(wp), static_cast<T*>(yp), D, inverse_rms(sum(squares), D, eps));
-}
-
-template <class T>
-void add_rms_norm_kernel(const void* xp, const void* rp, const void* wp, void* yp, void* sp, int64_t D, float eps) {
-  const T *x = static_cast<const T*>(xp), *residual = static_cast<const T*>(rp);
-  T* s = static_cast<T*>(sp);
-  const vf squares = sum_vectors<vf>(D, [=](int64_t c, auto lanes, vf& acc) {
-    store(s + c, load(x + c, lanes) + load(residual + c, lanes), lanes);
-    const vf v = load(s + c, lanes);  // rounded, as the backward will see it
-    acc = fma(v, v, acc);
+  const double rest = mean_of(sums.rest, in.D);
+  const float r = static_cast<float>(inverse_sqrt(mean_of(sums.squares, in.D) - rest * rest, in.eps));
+  const float d = static_cast<float>(rest);
+  for_pairs(in.D, [=](int64_t c, auto lanes) {
+    const vf2 v = load2(x + c, lanes), scaled = (LAYER ? v - mean - d : v) * r * load2(w + c, lanes);
+    store2(y + c, LAYER && bias ? scaled + load2(bias + c, lanes) : scaled, lanes);
   });
-  scale_row(s, static_cast<const T*>(wp), static_cast<T*>(yp), D, inverse_rms(sum(squares), D, eps));
 }
 
 struct BackwardSums {
-  vf squares, dot;
+  vf2 squares, rest, dot, grad;
 };
-inline BackwardSums operator+(BackwardSums a, BackwardSums b) { return {a.squares + b.squares, a.dot + b.dot}; }
+inline BackwardSums operator+(BackwardSums a, BackwardSums b) {
+  return {a.squares + b.squares, a.rest + b.rest, a.dot + b.dot, a.grad + b.grad};
+}
 
-// N rows: dx = r (w g - x r^2 mean(w g x)) + grad_sum, dweight += sum of g x r, which meets memory once for all N
-template <class T, int N> void backward_rows(const RmsNormBackwardRows& in, int first) {
+// N rows, with v = x - mean (LayerNorm) or x, r = 1/rms(v):
+// dx = r (w g - mean(w g) - v r^2 mean(w g v)) + grad_sum, where RMSNorm has no mean(w g); dweight += sum of g v r,
+// dbias += sum of g, which meet memory once for all N
+template <class T, bool LAYER, int N> void backward_rows(const NormBackwardRows& in, int first) {
   const T *g[N], *x[N], *grad_sum[N], *w = static_cast<const T*>(in.weight);
   T* dx[N];
-  float r[N], mean[N];
+  float r[N], mean[N], rest[N], mean_wg[N], dot[N];
   for (int i = 0; i < N; i++) {
     const T* gi = g[i] = static_cast<const T*>(in.grad[first + i]);
     const T* xi = x[i] = static_cast<const T*>(in.x[first + i]);
     grad_sum[i] = static_cast<const T*>(in.grad_sum[first + i]);
     dx[i] = static_cast<T*>(in.dx[first + i]);
-    const BackwardSums sums = sum_vectors<BackwardSums>(in.D, [=](int64_t c, auto lanes, BackwardSums& acc) {
-      const vf v = load(xi + c, lanes);
+    const float m = mean[i] = LAYER ? static_cast<float>(mean_of(sum_of_row(xi, in.D), in.D)) : 0.f;
+    const BackwardSums sums = sum_pairs<BackwardSums>(in.D, [=](int64_t c, auto lanes, BackwardSums& acc) {
+      const vf2 v = LAYER ? centered(xi + c, m, lanes) : load2(xi + c, lanes);
+      const vf2 wg = load2(w + c, lanes) * load2(gi + c, lanes);
       acc.squares = fma(v, v, acc.squares);
-      acc.dot = fma(load(w + c, lanes) * load(gi + c, lanes), v, acc.dot);
+      acc.dot = fma(wg, v, acc.dot);
+      if (LAYER) acc.rest = acc.rest + v, acc.grad = acc.grad + wg;
     });
-    const double inverse = inverse_rms(sum(sums.squares), in.D, in.eps), D = static_cast<double>(in.D);
-    r[i] = static_cast<float>(inverse);
-    mean[i] = static_cast<float>(inverse * inverse * static_cast<double>(sum(sums.dot)) / D);
+    const double left = mean_of(sums.rest, in.D), wg = mean_of(sums.grad, in.D);
+    const double inverse = inverse_sqrt(mean_of(sums.squares, in.D) - left * left, in.eps);
+    r[i] = static_cast<float>(inverse), rest[i] = static_cast<float>(left);
+    dot[i] = static_cast<float>(inverse * inverse * (mean_of(sums.dot, in.D) - left * wg));
+    mean_wg[i] = static_cast<float>(wg);
   }
   const bool need_dx = in.dx[0], add = in.grad_sum[0];
-  double* dw = in.dweight;
-  for_vectors(in.D, [&](int64_t c, auto lanes) {
-    const vf wv = load(w + c, lanes);
-    vf term[N];
+  float *dw = in.dweight, *db = in.dbias;
+  for_pairs(in.D, [&](int64_t c, auto lanes) {
+    const vf2 wv = load2(w + c, lanes);
+    vf2 term[N], grads[N];
     for (int i = 0; i < N; i++) {
-      const vf gv = load(g[i] + c, lanes), xv = load(x[i] + c, lanes);
-      term[i] = gv * (xv * r[i]);
+      const vf2 gv = grads[i] = load2(g[i] + c, lanes), xv = load2(x[i] + c, lanes),
+                v = LAYER ? xv - mean[i] - rest[i] : xv;
+      term[i] = gv * (v * r[i]);
       if (!need_dx) continue;
-      vf d = (wv * gv - xv * mean[i]) * r[i];
-      if (add) d += load(grad_sum[i] + c, lanes);
-      store(dx[i] + c, d, lanes);
+      vf2 d = wv * gv - v * dot[i];
+      d = (LAYER ? d - mean_wg[i] : d) * r[i];
+      if (add) d = d + load2(grad_sum[i] + c, lanes);
+      if (in.stream)
+        stream2(dx[i] + c, d, lanes);
+      else
+        store2(dx[i] + c, d, lanes);
     }
-    if (!dw) return;
     for (int n = N / 2; n; n /= 2)
-      for (int i = 0; i < n; i++) term[i] += term[i + n];
-    add_to(dw + c, term[0], lanes);
+      for (int i = 0; i < n; i++) term[i] = term[i] + term[i + n], grads[i] = grads[i] + grads[i + n];
+    if (dw) store2(dw + c, load2(dw + c, All{}) + term[0], All{});
+    if (LAYER && db) store2(db + c, load2(db + c, All{}) + grads[0], All{});
   });
 }
 
-template <class T> void rms_norm_backward_kernel(const RmsNormBackwardRows& in) {
-  if (in.rows == kNormGroup) return backward_rows<T, kNormGroup>(in, 0);
-  for (int i = 0; i < in.rows; i++) backward_rows<T, 1>(in, i);
+template <class T, bool LAYER> void backward_kernel(const NormBackwardRows& in) {
+  if (in.rows == kNormGroup)
+    backward_rows<T, LAYER, kNormGroup>(in, 0);
+  else
+    for (int i = 0; i < in.rows; i++) backward_rows<T, LAYER, 1>(in, i);
+  if (in.stream) fence();
 }
 
-template <class T> void sum_rows_kernel(const double* partial, int64_t rows, int64_t stride, int64_t n, void* out) {
-  for_vectors(n, [=](int64_t c, auto lanes) {
-    vd total = {};
-    for (int64_t i = 0; i < rows; i++) total += load(partial + i * stride + c, lanes);
-    store(static_cast<T*>(out) + c, __builtin_convertvector(total, vf), lanes);
+// In fp64: as exact for a million rows as for one.
+template <class T> void sum_rows_kernel(const float* partial, int64_t rows, int64_t stride, int64_t n, void* out) {
+  typedef double vd __attribute__((vector_size(8 * W)));
+  for_pairs(n, [=](int64_t c, auto lanes) {
+    vd a = {}, b = {};
+    for (int64_t i = 0; i < rows; i++) {
+      const vf2 v = load2(partial + i * stride + c, All{});
+      a += __builtin_convertvector(v.a, vd), b += __builtin_convertvector(v.b, vd);
+    }
+    store2(static_cast<T*>(out) + c, {__builtin_convertvector(a, vf), __builtin_convertvector(b, vf)}, lanes);
   });
 }
 }  // namespace
 
 const NormKernels kNorm = {
-    {rms_norm_kernel<float>, rms_norm_kernel<bf16>, rms_norm_kernel<f16>},
-    {add_rms_norm_kernel<float>, add_rms_norm_kernel<bf16>, add_rms_norm_kernel<f16>},
-    {rms_norm_backward_kernel<float>, rms_norm_backward_kernel<bf16>, rms_norm_backward_kernel<f16>},
+    {norm_kernel<float, false>, norm_kernel<bf16, false>, norm_kernel<f16, false>},
+    {norm_kernel<float, true>, norm_kernel<bf16, true>, norm_kernel<f16, true>},
+    {backward_kernel<float, false>, backward_kernel<bf16, false>, backward_kernel<f16, false>},
+    {backward_kernel<float, true>, backward_kernel<bf16, true>, backward_kernel<f16, true>},
     {sum_rows_kernel<float>, sum_rows_kernel<bf16>, sum_rows_kernel<f16>},
 };
 }  // namespace sail::cpu::SAIL_ISA
