@@ -1,7 +1,7 @@
-"""Do the tests of the CUDA sources see a broken one? Each mutant changes one line of csrc/cuda, and its check must fail.
+"""Do the tests of the CUDA sources see a broken one? Each mutant changes one line of csrc/cuda; its check must fail.
 
-python cuda_mutants.py MODULE: what the checks of MODULE.MUTANTS said, as JSON; in a process of its own, as every library
-takes the place of the one before under torch's CUDA key.
+python cuda_mutants.py MODULE: what the checks of MODULE.MUTANTS said, as JSON; in a process of its own, as every
+library takes the place of the one before under torch's CUDA key.
 """
 
 import json
@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 def failures(module: str) -> dict[str, str]:
-    """By mutant: what its check said, nothing if it passed; under "none" what the checks say of the sources as they are."""
+    """By mutant: what its check said, nothing if it passed; under "none" what the checks say of the sources' own."""
     command = [sys.executable, __file__, module]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

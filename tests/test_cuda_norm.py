@@ -97,7 +97,7 @@ def test_only_wanted_gradients(which: tuple[int, ...]) -> None:
         testing.check_op(sail_ops.layer_norm, reference.layer_norm, args[0], *args[2:])
 
 
-def test_too_long_for_an_int32_is_no_matter_of_columns() -> None:
+def test_more_rows_than_a_grid_has_blocks() -> None:
     with pytest.raises(ValueError, match="x: got shape .*, expected at most 2147483647 rows"):
         sail_ops.rms_norm(torch.ones(1, 1).expand(2**31, 1), torch.ones(1))
 
@@ -125,17 +125,19 @@ def check_long() -> None:
 NORM, ROWS = "kernels/norm.cuh", "kernels/rows.cuh"
 MUTANTS = {
     "eps ignored": Mutant(ROWS, "static_cast<float>(D) + eps)", "static_cast<float>(D))", lambda: check_eps()),
-    "residual not rounded": Mutant(NORM, "x.v[i] = narrow<T>(v);", "narrow<T>(v);", check_short),
+    "residual ignored": Mutant(NORM, "x.v[i] = narrow<T>(v);", "narrow<T>(v);", check_short),
     "no mean of w g": Mutant(NORM, "kLayer ? sums[kLayer ? 2 : 0] / D : 0.f", "0.f", check_short),
     "gradient of the sum ignored": Mutant(NORM, "if (a.grad_sum) load(", "if (!a.dx) load(", check_short),
     "a slot left out of dweight": Mutant(ROWS, "turn ? shared[c + j] + v[i][j] : v[i][j]", "v[i][j]", check_short),
     "rows of a warp not added": Mutant(ROWS, "o = blockDim.x; o < 32;", "o = blockDim.x; o < 16;", check_short),
-    "no barrier in a row's sum": Mutant(
-        ROWS, "  ptx::named_barrier(1 + threadIdx.y, blockDim.x);\n", "", check_wide
-    ),
+    "no barrier in a row's sum": Mutant(ROWS, "  ptx::named_barrier(1 + threadIdx.y, blockDim.x);\n", "", check_wide),
     "one buffer for two sums": Mutant(ROWS, "  turn ^= 1;\n", "", check_wide),
-    "last rows dropped": Mutant(ROWS, "row < rows; row += kSumGroups", "row < rows - 1; row += kSumGroups", check_short),
-    "a long row's first gradient only": Mutant(NORM, "const bool again = row > begin;", "const bool again = 0;", check_long),
+    "last rows dropped": Mutant(
+        ROWS, "row < rows; row += kSumGroups", "row < rows - 1; row += kSumGroups", check_short
+    ),
+    "a long row's first gradient only": Mutant(
+        NORM, "const bool again = row > begin;", "const bool again = 0;", check_long
+    ),
 }
 
 
