@@ -126,7 +126,7 @@ NORM, ROWS = "kernels/norm.cuh", "kernels/rows.cuh"
 MUTANTS = {
     "eps ignored": Mutant(ROWS, "static_cast<float>(D) + eps)", "static_cast<float>(D))", lambda: check_eps()),
     "residual ignored": Mutant(NORM, "x.v[i] = narrow<T>(v);", "narrow<T>(v);", check_short),
-    "no mean of w g": Mutant(NORM, "kLayer ? sums[kLayer ? 2 : 0] / D : 0.f", "0.f", check_short),
+    "no mean of w g": Mutant(NORM, "wg_mean = sums[2] / D;", "wg_mean = 0.f;", check_short),
     "gradient of the sum ignored": Mutant(NORM, "if (a.grad_sum) load(", "if (!a.dx) load(", check_short),
     "a slot left out of dweight": Mutant(ROWS, "turn ? shared[c + j] + v[i][j] : v[i][j]", "v[i][j]", check_short),
     "rows of a warp not added": Mutant(ROWS, "o = blockDim.x; o < 32;", "o = blockDim.x; o < 16;", check_short),

@@ -23,7 +23,8 @@ struct NormBackward {
   float eps;
 };
 
-// The mean of a row for LayerNorm, 0 for RMSNorm.
+// The mean of a row for LayerNorm, 0 for RMSNorm. In fp32 it is off by its own rounding, and a whole row with it: what is
+// left, mean(x - mean), comes with the next sums.
 template <bool kLayer, int N, bool kKept, class T>
 __device__ float row_mean(const Row<T, N, kKept>& x, int64_t width, int64_t D, int& turn) {
   if constexpr (!kLayer) return 0.f;
@@ -60,22 +61,27 @@ __global__ void __launch_bounds__(kRowThreads) norm_kernel(NormForward a) {
   }
   int turn = 0;
   const float mean = row_mean<kLayer>(x, width, a.D, turn);
-  float squares[1] = {};
+  float sums[kLayer ? 2 : 1] = {};  // of (v - mean)^2, of v - mean
   for_columns<N, kKept>(width, [&](int i, int64_t c) {
     float v[N];
     x.get(i, c, v);
 #pragma unroll
-    for (int j = 0; j < N; j++) squares[0] = fmaf(v[j] - mean, v[j] - mean, squares[0]);
+    for (int j = 0; j < N; j++) {
+      const float centered = v[j] - mean;
+      sums[0] = fmaf(centered, centered, sums[0]);
+      if constexpr (kLayer) sums[1] += centered;
+    }
   });
-  row_sum(squares, turn);
-  const float r = inverse_root(squares[0], a.D, a.eps);
+  row_sum(sums, turn);
+  const float rest = kLayer ? sums[kLayer ? 1 : 0] / static_cast<float>(a.D) : 0.f;
+  const float r = inverse_root(kLayer ? fmaf(-rest, sums[kLayer ? 1 : 0], sums[0]) : sums[0], a.D, a.eps);
   T* y = static_cast<T*>(a.y) + row * a.D;
   for_columns<N, kKept>(width, [&](int i, int64_t c) {
     float v[N], w[N], b[N] = {};
     x.get(i, c, v), load(static_cast<const T*>(a.weight) + c, w);
     if (a.bias) load(static_cast<const T*>(a.bias) + c, b);
 #pragma unroll
-    for (int j = 0; j < N; j++) v[j] = kLayer ? fmaf((v[j] - mean) * r, w[j], b[j]) : v[j] * r * w[j];
+    for (int j = 0; j < N; j++) v[j] = kLayer ? fmaf((v[j] - mean - rest) * r, w[j], b[j]) : v[j] * r * w[j];
     store(y + c, v);
   });
 }
@@ -101,7 +107,7 @@ __global__ void __launch_bounds__(kRowThreads) norm_backward_kernel(NormBackward
     g_row.read(static_cast<const T*>(a.grad) + row * a.grad_stride, width);
     x_row.read(static_cast<const T*>(a.x) + row * a.x_stride, width);
     const float mean = row_mean<kLayer>(x_row, width, a.D, turn);
-    float sums[kLayer ? 3 : 2] = {};  // of (x - mean)^2, of w g (x - mean), of w g
+    float sums[kLayer ? 4 : 2] = {};  // of (x - mean)^2, of w g (x - mean), of w g, of x - mean
     for_columns<N, kKept>(width, [&](int i, int64_t c) {
       float g[N], x[N], w[N];
       g_row.get(i, c, g), x_row.get(i, c, x), load(weight + c, w);
@@ -109,18 +115,22 @@ __global__ void __launch_bounds__(kRowThreads) norm_backward_kernel(NormBackward
       for (int j = 0; j < N; j++) {
         const float centered = x[j] - mean, wg = w[j] * g[j];
         sums[0] = fmaf(centered, centered, sums[0]), sums[1] = fmaf(wg, centered, sums[1]);
-        if constexpr (kLayer) sums[2] += wg;
+        if constexpr (kLayer) sums[2] += wg, sums[3] += centered;
       }
     });
     row_sum(sums, turn);
+    float rest = 0.f, wg_mean = 0.f;
+    if constexpr (kLayer) {
+      rest = sums[3] / D, wg_mean = sums[2] / D;
+      sums[0] = fmaf(-rest, sums[3], sums[0]), sums[1] = fmaf(-rest, sums[2], sums[1]);
+    }
     const float r = inverse_root(sums[0], a.D, a.eps), slope = r * r * (sums[1] / D);
-    const float wg_mean = kLayer ? sums[kLayer ? 2 : 0] / D : 0.f;
     for_columns<N, kKept>(width, [&](int i, int64_t c) {
       float g[N], x[N];
       g_row.get(i, c, g), x_row.get(i, c, x);
 #pragma unroll
       for (int j = 0; j < N; j++) {
-        x[j] -= mean;
+        x[j] = x[j] - mean - rest;
         if constexpr (kKept) {
           dw[i][j] = fmaf(g[j], x[j] * r, dw[i][j]), db[i][j] += g[j];
         } else {  // each thread only its own columns, so no barrier
