@@ -3,6 +3,7 @@
 #define USE_CUDA  // torch declares the CUDA half only then; no CUDA header is needed for it
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include "../csrc/torch/stable_abi.h"

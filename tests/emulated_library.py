@@ -30,9 +30,9 @@ FLAGS += ["-U_FORTIFY_SOURCE", "-DSAIL_EMULATE_CUDA", '-DSAIL_CUDA_ARCHS="80"']
 
 
 @contextmanager
-def emulated(root: Path = ROOT) -> Iterator[None]:
+def emulated(root: Path = ROOT, only: tuple[str, ...] = ()) -> Iterator[None]:
     """Calls of sail_ops on CPU tensors run the emulated CUDA library inside the block."""
-    _load(root)
+    _load(root, only)
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     override = torch.library.Library("sail_ops", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # overriding is what this is for
@@ -46,12 +46,12 @@ def emulated(root: Path = ROOT) -> Iterator[None]:
 
 
 @cache
-def _load(root: Path) -> None:
-    torch.ops.load_library(str(build(root)))
+def _load(root: Path, only: tuple[str, ...]) -> None:
+    torch.ops.load_library(str(build(root, only)))
 
 
-def build(root: Path = ROOT) -> Path:
-    """The library of the sources below `root`; objects whose sources have not changed are kept."""
+def build(root: Path = ROOT, only: tuple[str, ...] = ()) -> Path:
+    """The library of the sources below `root`, or of those named in `only`; objects of unchanged sources are kept."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ here")
@@ -59,6 +59,7 @@ def build(root: Path = ROOT) -> Path:
     folder = FOLDER / _digest(*sorted(p for p in files if p.suffix in (".h", ".cuh")), Path(__file__))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [p for p in (root / "csrc" / "cuda").glob("*.cu") if "sm90" not in p.name]
+    sources = [p for p in sources if not only or p.stem in only]
     sources.append(EMULATION / "host" / "torch_cuda.cpp")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = list(threads.map(lambda source: _compile(compiler, folder, root, source), sources))

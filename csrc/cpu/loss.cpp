@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../torch/loss.h"
 #include "kernels/elements.h"
 #include "rows.h"
 #include "workspace.h"
@@ -33,39 +34,17 @@ struct Head {
 
 Head check_head(const Check& c, const Tensor& hidden, const Tensor& lm_head, const Tensor& labels, int64_t ignore_index,
                 double z_loss) {
-  Head h{hidden, lm_head, {}, {}, c.real("hidden", hidden), 0, 0, 0, 0, z_loss};
-  c.rank("hidden", hidden, 2);
-  c.rank("lm_head", lm_head, 2);
-  h.T = hidden.size(0), h.D = hidden.size(1), h.V = lm_head.size(0);
-  h.row_bytes = h.D * element_size(h.dtype);
-  c.positive("hidden", "D", h.D);
-  c.positive("lm_head", "V", h.V);
-  c.shape("lm_head", lm_head, {h.V, h.D});
-  c.dtype("lm_head", lm_head, hidden.dtype());
-  c.same_device("lm_head", lm_head, hidden);
-  c.that(hidden.stride(1) == 1 || h.D == 1, "hidden", "rows of stride " + std::to_string(hidden.stride(1)),
-         "rows of stride 1");
-  c.shape("labels", labels, {h.T});
-  c.same_device("labels", labels, hidden);
-  c.that(z_loss >= 0, "z_loss", std::to_string(z_loss), "0 or more");
+  const LossSizes s = check_loss(c, hidden, lm_head, labels, z_loss);
+  Head h{hidden, lm_head, {}, {}, s.dtype, s.T, s.D, s.V, s.D * element_size(s.dtype), z_loss};
   const bool wide = c.is_int64("labels", labels);
   for (int64_t t = 0; t < h.T; t++) {
     const int64_t at = t * labels.stride(0);
     const int64_t label = wide ? labels.ptr<const int64_t>()[at] : labels.ptr<const int32_t>()[at];
     if (label == ignore_index) continue;
-    c.that(label >= 0 && label < h.V, "labels", std::to_string(label) + " at token " + std::to_string(t),
-           "a label in [0, " + std::to_string(h.V) + ") or ignore_index, " + std::to_string(ignore_index));
+    check_label(c, label, t, h.V, ignore_index);
     h.tokens.push_back(t), h.labels.push_back(label);
   }
   return h;
-}
-
-const float* check_floats(const Check& c, const char* arg, const Tensor& t, const Head& h) {
-  c.dtype(arg, t, aoti_torch_dtype_float32());
-  c.shape(arg, t, {h.T});
-  c.contiguous(arg, t);
-  c.same_device(arg, t, h.hidden);
-  return t.ptr<const float>();
 }
 
 void mm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
@@ -177,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hi
   const Head h = check_head(c, hidden, lm_head, labels, ignore_index, z_loss);
   const std::vector<float> ones(scale ? 0 : h.T, 1.f);
   Values values{std::vector<double>(h.N()), std::vector<double>(h.N()), ones.data()};
-  if (scale) values.scale = check_floats(c, "token_weights", *scale, h);
+  if (scale) values.scale = check_token_weights(c, *scale, hidden);
   Tensor dhidden = gradient_of(hidden, need_dhidden, h), dlm_head = gradient_of(lm_head, need_dlm_head, h);
   run(h, values, need_dhidden ? &dhidden : nullptr, need_dlm_head ? &dlm_head : nullptr);
 

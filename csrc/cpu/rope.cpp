@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "../torch/rope.h"
 #include "rows.h"
 
 namespace sail::cpu {
@@ -13,21 +14,14 @@ namespace {
 using OptTensor = std::optional<Tensor>;
 // Tokens that share one partial dweight: fixed, so that it has the same bits for any number of threads.
 constexpr int64_t kTokens = 16;
-constexpr int kMaxLead = 6;
 
-// Where the tokens of a tensor lie whose last `inner` dimensions are a token's; sizes of 1 and missing ones are repeated.
+// Where the tokens of a tensor lie whose last `inner` dimensions are a token's.
 struct Walk {
-  int64_t step[kMaxLead] = {};  // bytes
+  int64_t step[kMaxLead];  // bytes
 
   Walk(const Check& c, const char* arg, const Tensor& t, int64_t inner, const Tensor& q, int64_t bytes) {
-    const int64_t lead = q.dim() - 2, own = t.dim() - inner;
-    bool fits = own >= 0 && own <= lead;
-    for (int64_t i = 0; fits && i < own; i++) {
-      const int64_t size = t.size(i), at = lead - own + i;
-      fits = size == q.size(at) || (size == 1 && inner < 2);
-      step[at] = size == 1 ? 0 : t.stride(i) * bytes;
-    }
-    c.that(fits, arg, "shape " + shape_text(t), "dimensions that fit the tokens of q, shape " + shape_text(q));
+    const TokenSteps steps(c, arg, t, inner, q);
+    for (int i = 0; i < kMaxLead; i++) step[i] = steps.step[i] * bytes;
   }
   int64_t offset(int64_t token, const Tensor& q) const {
     int64_t bytes = 0;
@@ -44,33 +38,17 @@ class Tables {
         sin_(sin),
         positions_(positions),
         q_(q),
-        dtype_(c.real("cos", cos)),
+        dtype_(check_tables(c, cos, sin, positions, q)),
         width_(cos.size(-1)),
         walk_cos_(c, "cos", cos, positions ? cos.dim() : 1, q, element_size(dtype_)),
         walk_sin_(c, "sin", sin, positions ? sin.dim() : 1, q, element_size(dtype_)) {
-    const int64_t A = q.size(-1);
-    c.dtype("sin", sin, cos.dtype());
-    c.same_device("cos", cos, q), c.same_device("sin", sin, q);
-    c.that(cos.dim() == sin.dim() && std::equal(cos.sizes(), cos.sizes() + cos.dim(), sin.sizes()), "sin",
-           "shape " + shape_text(sin), "cos's shape " + shape_text(cos));
-    c.that(width_ == A || 2 * width_ == A, "cos", "shape " + shape_text(cos),
-           "rows of A = " + std::to_string(A) + " or A/2 elements");
-    c.that(cos.stride(-1) == 1 && sin.stride(-1) == 1, "cos", "strided rows", "contiguous rows in cos and sin");
     if (!positions) return;
-    c.rank("cos", cos, 2);
-    c.same_device("positions", *positions, q);
     wide_ = c.is_int64("positions", *positions);
     walk_positions_.emplace(c, "positions", *positions, 0, q, wide_ ? 8 : 4);
-    for (int64_t t = 0, n = positions->numel() ? tokens() : 0; t < n; t++)
-      c.that(position(t) >= 0 && position(t) < cos.size(0), "positions", std::to_string(position(t)),
-             "rows of cos, in [0, " + std::to_string(cos.size(0)) + ")");
+    for (int64_t t = 0, n = positions->numel() ? tokens() : 0; t < n; t++) check_position(c, position(t), cos.size(0));
   }
 
-  int64_t tokens() const {
-    int64_t n = 1;
-    for (int64_t i = 0; i + 2 < q_.dim(); i++) n *= q_.size(i);
-    return n;
-  }
+  int64_t tokens() const { return token_count(q_); }
   // Into out[0 .. 2A): cos, then sin.
   void row(int64_t token, float* out) const {
     const int64_t A = q_.size(-1), p = positions_ ? position(token) : 0;
@@ -116,27 +94,11 @@ struct Side {
         bytes(element_size(c.real(arg, x_))),
         heads(x_.size(-2)),
         A(x_.size(-1)) {
-    if (grad) {
-      c.dtype(grad_arg, *grad, x.dtype());
-      c.that(grad->dim() == x.dim() && std::equal(x.sizes(), x.sizes() + x.dim(), grad->sizes()), grad_arg,
-             "shape " + shape_text(*grad), "shape " + shape_text(x));
-      c.that(grad->stride(-1) == 1, grad_arg, "strided heads", "a last dimension of stride 1");
-    }
-    if (!weight) return;
-    c.same_device(weight_arg, *weight, x);
-    c.dtype(weight_arg, *weight, x.dtype());
-    c.shape(weight_arg, *weight, {A});
-    c.contiguous(weight_arg, *weight);
+    if (grad) check_head_grad(c, grad_arg, *grad, x);
+    if (weight) check_vector(c, weight_arg, *weight, x, A);
   }
   static Tensor checked_like(const Check& c, const char* arg, const Tensor& x, const Tensor& q) {
-    c.that(x.dim() >= 3 && x.dim() <= kMaxLead + 2, arg, "shape " + shape_text(x),
-           "3 to 8 dimensions, [..., heads, A]");
-    c.that(x.dim() == q.dim() && x.size(-1) == q.size(-1), arg, "shape " + shape_text(x),
-           "q's tokens and head dim, of shape " + shape_text(q));
-    c.that(x.size(-1) > 0 && x.size(-1) % 2 == 0, arg, "A = " + std::to_string(x.size(-1)), "an even A of at least 2");
-    c.that(x.stride(-1) == 1, arg, "stride " + std::to_string(x.stride(-1)), "a last dimension of stride 1");
-    c.dtype(arg, x, q.dtype());
-    c.same_device(arg, x, q);
+    check_heads(c, arg, x, q);
     return huge_like(x);
   }
   RopeHeads at(int64_t token, const Tensor& q, const float* tables, double eps, float* dweight) const {

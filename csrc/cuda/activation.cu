@@ -1,19 +1,11 @@
 // SwiGLU on CUDA. The work is cut into pieces of a row, or of the whole tensor where all arguments are contiguous.
 #include "kernels/activation.cuh"
 
-#include <algorithm>
-
+#include "../torch/rows.h"
 #include "launch.h"
 
 namespace sail::cuda {
 namespace {
-void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& gate) {
-  c.same_device(arg, t, gate);
-  c.dtype(arg, t, gate.dtype());
-  c.that(t.dim() == gate.dim() && std::equal(gate.sizes(), gate.sizes() + gate.dim(), t.sizes()), arg,
-         "shape " + shape_text(t), "shape " + shape_text(gate));
-}
-
 DType check_gate(const Check& c, const Tensor& gate) {
   const DType dtype = c.real("gate", gate);
   c.rows("gate", gate);

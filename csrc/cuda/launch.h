@@ -1,6 +1,7 @@
 // What every CUDA host function needs around a launch.
 #pragma once
 #include <cuda_runtime.h>
+#include <stdlib.h>
 
 #include "../torch/checks.h"
 #include "../torch/stable_abi_cuda.h"
@@ -17,6 +18,15 @@ inline cudaStream_t current_stream(const Tensor& t) {
 inline void check_launch(const char* op) {
   const cudaError_t e = cudaGetLastError();
   if (e != cudaSuccess) throw std::runtime_error("sail_ops." + std::string(op) + ": CUDA: " + cudaGetErrorString(e));
+}
+
+// SAIL_OPS_CHECK=1: values are checked too, which waits for the device.
+inline bool check_values() {
+  static const bool wanted = [] {
+    const char* check = getenv("SAIL_OPS_CHECK");
+    return check && !strcmp(check, "1");
+  }();
+  return wanted;
 }
 
 template <class... P, class... A>

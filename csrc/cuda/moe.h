@@ -45,7 +45,4 @@ void experts_forward(const Call& call, const ExpertLayer& l, const RowMap& rows,
 // h null: the pre-activation is computed again. Gradients::weight is laid out as the routing weights are.
 void experts_backward(const Call& call, const ExpertLayer& l, const RowMap& rows, const void* dy, const void* h,
                       const Gradients& g);
-
-// SAIL_OPS_CHECK=1: values are checked too, which waits for the device.
-bool check_values();
 }  // namespace sail::cuda

@@ -28,14 +28,6 @@ void check_ends_on_host(const Call& call, const Tensor& ends, int64_t rows, int6
 }
 }  // namespace
 
-bool check_values() {
-  static const bool wanted = [] {
-    const char* check = getenv("SAIL_OPS_CHECK");
-    return check && !strcmp(check, "1");
-  }();
-  return wanted;
-}
-
 RowMap sort_rows(const Call& call, const Tensor& ids, const Tensor& weights, int64_t E) {
   call.c.that(E <= kSortMaxExperts, "down", "E = " + std::to_string(E),
               "at most " + std::to_string(kSortMaxExperts) + " experts on a CUDA device");

@@ -113,12 +113,12 @@ class Tensor {
     return empty_strided(sizes, strides, N, dtype);
   }
   Tensor empty_like() const { return empty(sz_, nd_, dt_); }
-  // A tensor on the same storage, from this one's first element on.
-  template <size_t N> Tensor view(const int64_t (&sizes)[N], const int64_t (&strides)[N]) const {
+  // A tensor on the same storage, from this one's element `first` on.
+  template <size_t N> Tensor view(const int64_t (&sizes)[N], const int64_t (&strides)[N], int64_t first = 0) const {
     int64_t offset;
     AtenTensorHandle out;
     ok(aoti_torch_get_storage_offset(h_, &offset), "storage_offset");
-    ok(aoti_torch__reinterpret_tensor(h_, N, sizes, strides, offset, &out), "reinterpret_tensor");
+    ok(aoti_torch__reinterpret_tensor(h_, N, sizes, strides, offset + first, &out), "reinterpret_tensor");
     return Tensor(out);
   }
 

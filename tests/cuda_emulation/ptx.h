@@ -5,6 +5,8 @@
 namespace sail::cuda::ptx {
 inline uint32_t shared_address(const void* p) { return emu::shared_address(p); }
 
+inline void named_barrier(int id, int threads) { emu::barrier(id, threads); }
+
 // ---- cp.async: NaN when issued, the data when it is waited for, as late as the ISA allows
 inline void cp_async(uint32_t to, const void* from, int bytes) {
   if (bytes < 0 || bytes > 16) emu::fail("cp.async of " + std::to_string(bytes) + " bytes");

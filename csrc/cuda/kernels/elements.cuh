@@ -11,18 +11,25 @@ template <class T, int N> struct alignas(sizeof(T) * N) Vec {
   T v[N];
 };
 
-template <class T, int N> __device__ void load(const T* p, float (&out)[N]) {
-  const Vec<T, N> u = *reinterpret_cast<const Vec<T, N>*>(p);
+template <int N, class T> __device__ Vec<T, N> load_vector(const T* p) {
+  return *reinterpret_cast<const Vec<T, N>*>(p);
+}
+template <class T, int N> __device__ void store_vector(T* p, const Vec<T, N>& v) {
+  *reinterpret_cast<Vec<T, N>*>(p) = v;
+}
+template <class T, int N> __device__ void widen(const Vec<T, N>& u, float (&out)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) out[i] = static_cast<float>(u.v[i]);
 }
-
-template <class T, int N> __device__ void store(T* p, const float (&in)[N]) {
+template <class T, int N> __device__ Vec<T, N> narrow(const float (&in)[N]) {
   Vec<T, N> u;
 #pragma unroll
   for (int i = 0; i < N; i++) u.v[i] = static_cast<T>(in[i]);
-  *reinterpret_cast<Vec<T, N>*>(p) = u;
+  return u;
 }
+
+template <class T, int N> __device__ void load(const T* p, float (&out)[N]) { widen(load_vector<N>(p), out); }
+template <class T, int N> __device__ void store(T* p, const float (&in)[N]) { store_vector(p, narrow<T>(in)); }
 
 // The block's dynamic shared memory.
 template <class T> __device__ T* dynamic_shared() {

@@ -1,4 +1,4 @@
-// What libtorch_cuda would give: a stream that nothing looks at, and a guard for a device that is the CPU.
+// What libtorch_cuda would give: a stream that nothing looks at, a guard for a device that is the CPU, its products.
 #include "csrc/torch/stable_abi_cuda.h"
 
 extern "C" {
@@ -11,4 +11,11 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
   return 0;
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
+AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
+  return aoti_torch_cpu_mm_out(out, a, b);
+}
+AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle c, AtenTensorHandle a,
+                                         AtenTensorHandle b, double beta, double alpha) {
+  return aoti_torch_cpu_addmm_out(out, c, a, b, beta, alpha);
+}
 }
