@@ -204,5 +204,7 @@ def _(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    D = weight.shape
-    return x.new_empty(x.shape if need_dx else 0), *(x.new_empty(D if n else 0) for n in (need_dweight, need_dbias))
+    dx, dweight, dbias = (
+        t.new_empty(t.shape if need else 0) for t, need in ((x, need_dx), (weight, need_dweight), (weight, need_dbias))
+    )
+    return dx, dweight, dbias

@@ -140,5 +140,5 @@ def _(
     eps: float,
     need_dweights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dweights = (w.new_empty(w.shape if need_dweights else 0) for w in (q_weight, k_weight))
-    return q.new_empty(q.shape), k.new_empty(k.shape), *dweights
+    dq_weight, dk_weight = (w.new_empty(w.shape if need_dweights else 0) for w in (q_weight, k_weight))
+    return q.new_empty(q.shape), k.new_empty(k.shape), dq_weight, dk_weight

@@ -4,7 +4,7 @@ B streams, L tokens a stream, N labeled positions, V vocabulary, M expert layers
 normalized over all ranks before the gradients are averaged, so the number of processes does not change the loss.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ class TrainedModel(nn.Module):
     def forward(self, batch: PackedBatch, pixel_values: Tensor) -> Objective:
         """sum over labels of -log softmax(logits of the position before)[label]; padding is in no statistic."""
         hidden_ND, targets_N, counts_ME, prob_sum_ME = answer_states(self.model, batch, pixel_values)
-        head_VD = self.model.language_model.lm_head.weight
+        head_VD = cast(Tensor, self.model.language_model.lm_head.weight)
         loss = sail_ops.linear_cross_entropy(hidden_ND, head_VD, targets_N, reduction="sum")
         return Objective(loss, counts_ME, prob_sum_ME)
 
