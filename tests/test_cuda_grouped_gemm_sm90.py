@@ -25,6 +25,7 @@ PROBLEMS = {
     "many_experts": Problem(tuple(i % 3 for i in range(70)), 40, 24),
 }
 
+Run = Callable[..., torch.Tensor]  # a function of tests/grouped_gemm.py
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 problems = pytest.mark.parametrize("name", PROBLEMS)
 
@@ -87,11 +88,17 @@ def test_wgrad(library: emulated.Library, name: str, fp32: bool, gather: tuple[b
 
 @pytest.mark.parametrize("run", [store_rows, gated_forward, gated_backward, wgrad])
 @pytest.mark.parametrize("name", ["tails", "gathered"])
-def test_repeatable(library: emulated.Library, run, name: str) -> None:
+def test_repeatable(library: emulated.Library, run: Run, name: str) -> None:
     """Bitwise the same in any order of threads and blocks and on any number of blocks."""
     first = run(library, PROBLEMS[name], torch.bfloat16, How(seed=0, blocks=1))
     for seed in range(1, 5):
         assert torch.equal(run(library, PROBLEMS[name], torch.bfloat16, How(seed=seed, blocks=seed)), first)
+
+
+@pytest.mark.parametrize("run", [store_rows, gated_forward, gated_backward, wgrad])
+def test_far_experts(library: emulated.Library, run: Run) -> None:
+    """Weights of more elements than 32 bits count."""
+    run(library, Problem((20, 9), 72, 40, expert_stride=2**31 + 8), torch.bfloat16, How())
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
-    run: Callable[..., torch.Tensor]
+    run: Run
     problem: str
     layout: str | None = None  # store_rows
 
@@ -159,10 +166,7 @@ MUTANTS = {
     "one_half_of_rows": Mutant(KERNEL, "(threadIdx.x / 128 - 1) *", "0 *", store_rows, "one_tile"),
     "later_rounds": Mutant(KERNEL, "round < 8 ? rows[0] : rows[1]", "rows[0]", store_rows, "gathered"),
     "next_experts_rows": Mutant(KERNEL, "!from.index && r + kTileK <= row_end", "!from.index", wgrad, "tails"),
-    "rows_past_the_end": Mutant(
-        KERNEL, "at < row_end ? static_cast<int32_t>(from.row(at)) : -1", "from.row(at)", wgrad, "tails"
-    ),
-    "slot_lost_while_read": Mutant(KERNEL, "__syncwarp();  // all", "// all", store_rows, "long_tail"),
+    "rows_past_the_end": Mutant(KERNEL, "(from.row(at)) : -1", "(from.row(at)) : 0", wgrad, "tails"),
     "gates_twice": Mutant(KERNEL, "&args.b[kGated]", "&args.b[0]", gated_forward, "one_tile"),
     "depth_of_rows": Mutant(
         OPERAND, "elements <= 0 ? 0 : elements < 8 ?", "elements < 8 && elements > 0 ?", store_rows, "gathered"
