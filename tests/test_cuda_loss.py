@@ -16,13 +16,15 @@ from sail_ops import reference, testing
 
 SOURCES = ("loss",)
 DTYPES = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-POOL = {"args[0]": 16, "args[1]": 64}  # as tests/test_loss.py says
+# as tests/test_loss.py says; of a larger vocabulary, a word's gradient comes from fewer tokens
+POOL = {"args[0]": 16, "args[1]": 64}
+LARGE_POOL = {"args[0]": 16, "args[1]": 1250}
 # T, D, V; a row of 8192 words in bf16 is one turn of a block's threads
 CASES = {
     "one_token": (1, 64, 1000),
     "one_word": (9, 64, 1),
     "odd": (67, 33, 1029),
-    "several_turns": (5, 64, 20000),
+    "several_turns": (13, 64, 20000),
     "chunks": (150, 64, 264),
 }
 
@@ -48,7 +50,8 @@ def inputs(case: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def check(case: tuple[int, int, int], dtype: torch.dtype, **options: Any) -> None:
     args = inputs(case, dtype)
-    testing.check_op(sail_ops.linear_cross_entropy, reference.linear_cross_entropy, *args, pool=POOL, **options)
+    pool = LARGE_POOL if case[2] == 20000 else POOL
+    testing.check_op(sail_ops.linear_cross_entropy, reference.linear_cross_entropy, *args, pool=pool, **options)
 
 
 @DTYPES
@@ -61,7 +64,7 @@ def test_accuracy(reduction: str, dtype: torch.dtype, case: tuple[int, int, int]
 @DTYPES
 def test_z_loss_and_token_weights(dtype: torch.dtype) -> None:
     weights = testing.random(CASES["odd"][0], seed=3).exp()
-    check(CASES["odd"], dtype, reduction="sum", z_loss=0.1, token_weights=weights)
+    check(CASES["odd"], dtype, reduction="sum", z_loss=1e-2, token_weights=weights)
 
 
 def test_int32_and_strided_labels() -> None:
@@ -141,6 +144,7 @@ def failures() -> dict[str, str]:
     return cuda_mutants.failures("test_cuda_loss")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="mutants are emulated")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(failures: dict[str, str], name: str) -> None:

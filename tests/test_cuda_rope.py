@@ -166,6 +166,7 @@ def failures() -> dict[str, str]:
     return cuda_mutants.failures("test_cuda_rope")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="mutants are emulated")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_fails(failures: dict[str, str], name: str) -> None:
