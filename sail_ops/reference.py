@@ -47,6 +47,60 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
 
 
+def attention(
+    q_BSHA: Tensor,
+    k_BLGA: Tensor,
+    v_BLGA: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out = softmax(softmax_scale * q k^T) v by head; a causal query i sees the keys up to i + L - S.
+
+    Like the eager attention of transformers, it rounds scores and probabilities to q's dtype, with the softmax in fp32.
+    """
+    S, L, group = q_BSHA.shape[1], k_BLGA.shape[1], q_BSHA.shape[2] // k_BLGA.shape[2]
+    q_BHSA, k_BHAL = q_BSHA.transpose(1, 2), k_BLGA.repeat_interleave(group, 2).permute(0, 2, 3, 1)
+    v_BHLA = v_BLGA.repeat_interleave(group, 2).transpose(1, 2)
+    scores_BHSL = _wide(q_BHSA @ k_BHAL * (q_BSHA.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale))
+    seen_SL = torch.ones(S, L, dtype=torch.bool, device=q_BSHA.device)
+    if causal:
+        seen_SL = seen_SL.tril(L - S)
+    none_S1 = ~seen_SL.any(-1, keepdim=True)
+    # not -inf, whose softmax has no gradient in a row without a key
+    scores_BHSL = scores_BHSL.masked_fill(~seen_SL, torch.finfo(scores_BHSL.dtype).min)
+    out_BHSA = scores_BHSL.softmax(-1).masked_fill(none_S1, 0).to(q_BSHA.dtype) @ v_BHLA
+    out_BSHA = out_BHSA.transpose(1, 2).contiguous()
+    if not return_lse:
+        return out_BSHA
+    return out_BSHA, scores_BHSL.logsumexp(-1).masked_fill(none_S1.squeeze(-1), -torch.inf)
+
+
+def attention_varlen(
+    q_THA: Tensor,
+    k_UGA: Tensor,
+    v_UGA: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` within each sequence of a pack; lse is [H, T]."""
+    outs, lses = [], []
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    parts = zip(q_THA.split(lengths_q), k_UGA.split(lengths_k), v_UGA.split(lengths_k), strict=True)
+    for q, k, v in parts:
+        out, lse = attention(q[None], k[None], v[None], causal=causal, softmax_scale=softmax_scale, return_lse=True)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return (torch.cat(outs), torch.cat(lses, -1)) if return_lse else torch.cat(outs)
+
+
 def route_topk(
     logits_TE: Tensor,
     k: int,

@@ -134,7 +134,8 @@ def check_op(
 
     `reference` runs on the same values in fp64; `base` (default: `reference`) in the given dtypes. Tensors may be
     nested in tuples and keyword arguments. Integer outputs must be equal to those of the fp64 run.
-    `pool`: by the input's name ("args[1]", "kwargs['scale']"), how many rows of its gradient are judged together.
+    `pool`: by the input's name ("args[1]", "kwargs['scale']"), how many rows of its gradient are judged together; also
+    by the output's ("outputs[0]").
     """
     got = run(op, *args, **kwargs)
     wide_args, wide_kwargs = pytree.tree_map_only(Tensor, _double, (args, kwargs))
@@ -142,7 +143,7 @@ def check_op(
     eager = run(base or reference, *args, upstream=got.upstream, **kwargs)
     for i, (o, r, b) in enumerate(zip(got.outputs, want.outputs, eager.outputs, strict=True)):
         if o.is_floating_point():
-            assert_accurate(o, r, b, k, f"output {i}")
+            assert_accurate(o, r, b, k, f"output {i}", (pool or {}).get(f"outputs[{i}]", 1))
         else:
             assert o.dtype == r.dtype and torch.equal(o, r), f"output {i}: integers differ from the reference"
     for name, ref in want.gradients.items():

@@ -1,8 +1,6 @@
 // What forward and backward of the expert layer share: the problem as data, its rows sorted by expert, and its tasks.
 // T tokens, D hidden, F expert width, E experts, K top-k, R routed rows (dropped ones left out).
 #pragma once
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -11,6 +9,7 @@
 #include "kernels/elements.h"
 #include "kernels/experts.h"
 #include "kernels/gemm.h"
+#include "tasks.h"
 #include "workspace.h"
 
 namespace sail::cpu {
@@ -39,12 +38,6 @@ struct Task {
   int32_t e;
   int64_t m0, m1, n0, n1;
 };
-
-// Calls f(begin, end) for the fewest equal pieces of at most `most`.
-template <class F> void for_pieces(int64_t begin, int64_t end, int64_t most, F&& f) {
-  const int64_t n = end - begin, pieces = (n + most - 1) / most;
-  for (int64_t i = 0; i < pieces; i++) f(begin + n * i / pieces, begin + n * (i + 1) / pieces);
-}
 
 // Rows of a block whose operand of `row_bytes` a row stays in half the second-level cache (1 MB on Zen 4).
 inline int64_t block_rows(int64_t row_bytes) { return std::clamp<int64_t>((512 << 10) / row_bytes, 16, kOuterRows); }
@@ -78,21 +71,5 @@ inline std::vector<int32_t> read_offsets(const Check& c, const Tensor& offsets, 
     all.push_back(end);
   }
   return all;
-}
-
-// Runs body(task, scratch of this thread) over all tasks; each output belongs to one task, so the result does not
-// depend on which thread takes it.
-template <class Body> void run_tasks(const std::vector<Task>& tasks, int threads, int64_t scratch_bytes, Body&& body) {
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  threads = static_cast<int>(std::min<int64_t>(threads, count));
-  if (!threads) return;
-  const int64_t each = (scratch_bytes + 4095) / 4096 * 4096 + 64;  // threads must not share cache sets exactly
-  Buffer scratch(each * threads);
-#pragma omp parallel num_threads(threads)
-  {
-    char* mine = scratch.get() + each * omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++) body(tasks[i], mine);
-  }
 }
 }  // namespace sail::cpu

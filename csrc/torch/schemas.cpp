@@ -37,6 +37,18 @@ const auto schemas =
         .schema(
             "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, float eps, bool need_dx, "
             "bool need_dweight) -> (Tensor, Tensor)")
+        // ---- attention: attention.cpp, attention_backward.cpp. lse is fp32, [B, H, S] or packed [H, T].
+        .schema("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor out, Tensor lse)")
+        .schema(
+            "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+            " float scale, bool causal) -> (Tensor dq, Tensor dk, Tensor dv)")
+        .schema(
+            "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+            " int max_seqlen_q, int max_seqlen_k, float scale, bool causal) -> (Tensor out, Tensor lse)")
+        .schema(
+            "attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+            " Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale, bool causal)"
+            " -> (Tensor dq, Tensor dk, Tensor dv)")
         // ---- element-wise: activation.cpp
         .schema("swiglu(Tensor gate, Tensor up) -> Tensor")
         .schema("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")

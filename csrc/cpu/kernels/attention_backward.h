@@ -1,0 +1,129 @@
+// Gradients of attention from a block of rows, with P recomputed from lse; s, dp [rows, keys]:
+//   p = exp(scale * q . k^T - lse)   dp = dout . v^T   ds = p * (dp - delta)
+//   dq = scale * ds . k              dv += p^T . dout  dk += ds^T . q
+// Five products, each computed once: dq is whole after all blocks of keys, dk and dv belong to the caller, who adds the
+// blocks of rows in a fixed order.
+#pragma once
+#include "attention_tile.h"
+
+namespace sail::cpu::SAIL_ISA {
+template <class T> struct BackwardState {
+  Group<T>*q, *dout;  // row form
+  Group<T>*q_panels, *dout_panels;
+  float* dq;                        // [M, width]
+  float *s, *dp;                    // [kOuterTile, kBlock]
+  Group<T>* ds;                     // [kOuterTile, kGroupStride], row form
+  Group<T>*p_columns, *ds_columns;  // of the whole block, column form
+
+  BackwardState(Scratch s0, int64_t chunks, int64_t width)
+      : q(s0.take<Group<T>>(chunks * kBlock<T> * kGroupStride)),
+        dout(s0.take<Group<T>>(chunks * kBlock<T> * kGroupStride)),
+        q_panels(s0.take<Group<T>>(kGroups * width)),
+        dout_panels(s0.take<Group<T>>(kGroups * width)),
+        dq(s0.take<float>(kBlock<T> * width)),
+        s(s0.take<float>(kOuterTile * kBlock<T>)),
+        dp(s0.take<float>(kOuterTile * kBlock<T>)),
+        ds(s0.take<Group<T>>(kOuterTile * kGroupStride)),
+        p_columns(s0.take<Group<T>>(kGroups * kColumnStride<T>)),
+        ds_columns(s0.take<Group<T>>(kGroups * kColumnStride<T>)) {}
+};
+
+// One row of a tile: p in place of its scores, zero where a key is not seen. Returns delta. Where the row sees no key but
+// these, delta is summed from p and dp: <dout, out> has the rounding of out, which shows where the keys are few.
+template <class T>
+static float probabilities(const AttentionBackward& b, int64_t m, int64_t k0, int64_t columns, float* s,
+                           const float* dp) {
+  const int64_t visible = b.limit[m] - k0;
+  const vf scale = set1(b.scale), lse = set1(b.lse[m]);
+  vf total = {}, dot = {};
+  for (int64_t c = 0; c < columns; c += W) {
+    vf p = vexp(score<T>(s + c, scale) - lse), d = load(dp + c);
+    if (c + W > visible) p = keep_first(p, visible - c, 0), d = keep_first(d, visible - c, 0);
+    store(s + c, p);
+    total += p;
+    dot = fma(p, d, dot);
+  }
+  return (b.limit[m] <= kBlock<T> ? sum(dot) / sum(total) : b.dout_out[m]) - b.dlse[m];
+}
+
+// Rows m and m + 1 (m even; the second may not exist), which lie at i and i + 1 of the tile.
+template <class T>
+static void gradient_pair(const AttentionBackward& b, const BackwardState<T>& state, int64_t m, int64_t i, int64_t k0,
+                          int64_t columns) {
+  const bool second = m + 1 < b.M;
+  float *p0 = state.s + i * kBlock<T>, *p1 = p0 + kBlock<T>;
+  const float *dp0 = state.dp + i * kBlock<T>, *dp1 = dp0 + kBlock<T>;
+  const float delta0 = probabilities<T>(b, m, k0, columns, p0, dp0);
+  const float delta1 = second ? probabilities<T>(b, m + 1, k0, columns, p1, dp1) : 0;
+  const int64_t n0 = b.limit[m] - k0, n1 = second ? b.limit[m + 1] - k0 : 0;
+  for (int64_t c = 0; c < columns; c += W) {
+    const vf a = load(p0 + c), z = second ? load(p1 + c) : vf{};
+    vf da = a * (load(dp0 + c) - delta0), dz = z * (load(dp1 + c) - delta1);
+    if (c + W > n0) da = keep_first(da, n0 - c, 0);
+    if (c + W > n1) dz = keep_first(dz, n1 - c, 0);
+    put_row_form(state.ds, i, c, da);
+    if (second) put_row_form(state.ds, i + 1, c, dz);
+    put_column_form<T>(state.p_columns, m, c, a, z);
+    put_column_form<T>(state.ds_columns, m, c, da, dz);
+  }
+}
+
+// Rows `from` (even) .. M against one block of keys: all but dk and dv
+template <class T>
+static void gradient_rows(const AttentionBackward& b, const BackwardState<T>& state, int64_t from, int64_t k0,
+                          int64_t keys, int64_t index) {
+  const int64_t groups = groups_of<T>(b.D), width = attention_width(b.D), offset = index * attention_pack_bytes(b.D);
+  const Group<T>* k = reinterpret_cast<const Group<T>*>(b.k_transposed + offset);
+  const Group<T>* v = reinterpret_cast<const Group<T>*>(b.v_transposed + offset);
+  const Group<T>* k_rows = reinterpret_cast<const Group<T>*>(b.k_rows + offset);
+  const int64_t pairs = (b.M - from + 1) / 2, tiles = (2 * pairs + kOuterTile - 1) / kOuterTile;
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t m0 = from + 2 * (pairs * t / tiles), end = from + 2 * (pairs * (t + 1) / tiles);
+    const int64_t m1 = end < b.M ? end : b.M, limit = b.limit[m1 - 1] - k0, seen = limit < keys ? limit : keys;
+    product_along_d<T>(state.q + m0 * kGroupStride, m1 - m0, k, groups, seen, state.s);
+    product_along_d<T>(state.dout + m0 * kGroupStride, m1 - m0, v, groups, seen, state.dp);
+    // zeros up to the last key: a tile of keys starts at the first row that sees one of them
+    for (int64_t m = m0; m < m1; m += 2) gradient_pair<T>(b, state, m, m - m0, k0, keys);
+    product_along_rows<T, kGroupStride>(state.ds, 1, m1 - m0, k_rows, 0, groups_of<T>(seen), false, b.D,
+                                        state.dq + m0 * width);
+  }
+}
+
+// dk and dv of one block of keys
+template <class T>
+static void gradient_keys(const AttentionBackward& b, const BackwardState<T>& state, int64_t from, int64_t k0,
+                          int64_t keys) {
+  const int64_t width = attention_width(b.D), tiles = (keys + kOuterTile - 1) / kOuterTile;
+  for (int64_t t = 0; t < tiles; t++) {
+    const int64_t n0 = keys * t / tiles, n1 = keys * (t + 1) / tiles;
+    while (b.limit[from] <= k0 + n0) from++;
+    const int64_t g0 = from / Operand<T>::K_STEP, groups = groups_of<T>(b.M) - g0, at = (k0 + n0) * width;
+    const int64_t a = g0 * kColumnStride<T> + n0;
+    product_along_rows<T, 1>(state.p_columns + a, kColumnStride<T>, n1 - n0, state.dout_panels, g0, groups, false, b.D,
+                             b.dv + at);
+    product_along_rows<T, 1>(state.ds_columns + a, kColumnStride<T>, n1 - n0, state.q_panels, g0, groups, false, b.D,
+                             b.dk + at);
+  }
+}
+
+template <class T> void attention_backward_kernel(const AttentionBackward& b) {
+  const int64_t groups = groups_of<T>(b.D), chunks = (groups + kGroups - 1) / kGroups, width = attention_width(b.D);
+  const BackwardState<T> state(Scratch{static_cast<char*>(b.scratch)}, chunks, width);
+  pack_scaled_q<T>(b.q, b.M, b.D, b.scale, state.q);
+  pack_row_form<T>(b.dout, b.M, b.D, state.dout);
+  pack_panels<T>(reinterpret_cast<const T* const*>(b.q), b.M, b.D, state.q_panels);
+  pack_panels<T>(reinterpret_cast<const T* const*>(b.dout), b.M, b.D, state.dout_panels);
+  memset(state.dq, 0, b.M * width * sizeof(float));
+  const int64_t end = b.limit[b.M - 1];
+  int64_t from = 0;  // first row that sees the block
+  for (int64_t k0 = 0, index = 0; k0 < end; k0 += kBlock<T>, index++) {
+    const int64_t keys = end - k0 < kBlock<T> ? end - k0 : kBlock<T>;
+    while (b.limit[from] <= k0) from++;
+    gradient_rows<T>(b, state, from / 2 * 2, k0, keys, index);
+    gradient_keys<T>(b, state, from, k0, keys);
+  }
+  for (int64_t m = 0; m < b.M; m++)
+    for (int64_t d = 0; d < b.D; d += W)
+      store_part(static_cast<T*>(b.dq[m]) + d, load(state.dq + m * width + d) * b.scale, b.D - d);
+}
+}  // namespace sail::cpu::SAIL_ISA
