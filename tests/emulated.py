@@ -29,22 +29,16 @@ def compile(source: Path, folder: Path, mutate: Callable[[Path], None] | None = 
         shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("sass"))
         mutate(kernels)
     out = folder / f"{source.stem}.so"
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-U_FORTIFY_SOURCE",
-        "-fPIC",
-        "-shared",
-        "-DSAIL_EMULATE_CUDA",
-        "-Wno-unknown-pragmas",
-    ]
+    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w", "-DSAIL_EMULATE_CUDA"]
+    # no TLS wrapper: __shared__ is thread_local, and what `extern __shared__` names needs no constructor
+    flags += ["-fno-extern-tls-init", "-fPIC", "-shared"]
     includes = [f"-I{EMULATION}", f"-I{kernels}"]
     subprocess.run(["g++", *flags, *includes, "-x", "c++", str(source), "-o", str(out)], check=True)
     return Library(out)
 
 
 class Library:
-    """Calls exported functions; a launch that failed is an EmulationError."""
+    """Calls exported functions that return const char*: a launch that failed is an EmulationError."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -55,6 +49,12 @@ class Library:
         error = function(*map(_argument, arguments))
         if error is not None:
             raise EmulationError(error.decode())
+
+    def number(self, name: str, *arguments: int) -> int:
+        """What a function that returns int64_t says."""
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_int64
+        return int(function(*map(_argument, arguments)))
 
 
 def _argument(value: Tensor | int | float | Sequence[int] | None) -> object:

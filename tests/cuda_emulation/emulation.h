@@ -71,7 +71,7 @@ struct Block;
 struct Fiber {
   Block* block = nullptr;
   uint3 thread;
-  int warp = 0, lane = 0;
+  int warp = 0, lane = 0, slot = 0;  // slot: of its warp among all that are resident
   enum State { ready, waiting, done } state = ready;
   const char* at = "";  // what it waits in
   unsigned mask = 0;    // lanes of the collective it waits in
@@ -99,9 +99,10 @@ struct Block {
 
 struct Machine {
   std::mt19937_64 random;
-  bool greedy = false;         // warps run ahead in the order of `rank`
-  std::vector<uint64_t> rank;  // [blocks * warps]
-  std::vector<Fiber*> ready;
+  bool greedy = false;                     // warps run ahead in the order of `rank`
+  std::vector<uint64_t> rank;              // by slot
+  std::vector<std::vector<Fiber*>> ready;  // by slot
+  size_t ready_count = 0;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<char[]>> stacks;
   Fiber* current = nullptr;
@@ -152,20 +153,35 @@ inline char* shared_pointer(uint32_t address, size_t bytes, const char* who) {
 // ---- fibers
 inline void make_ready(Fiber* f) {
   f->state = Fiber::ready;
-  machine.ready.push_back(f);
+  machine.ready[f->slot].push_back(f);
+  machine.ready_count++;
 }
 
-inline size_t pick() {
+// Takes back make_ready of the current fiber, which goes on running.
+inline void keep_running() {
+  std::vector<Fiber*>& among = machine.ready[self().slot];
+  among.erase(std::find(among.begin(), among.end(), &self()));
+  machine.ready_count--;
+}
+
+// The next fiber to run, taken out of the ready ones.
+inline Fiber* take_ready() {
   Machine& m = machine;
-  if (!m.greedy) return m.random() % m.ready.size();
-  size_t best = 0;
-  const auto rank = [&](size_t i) {
-    const Fiber& f = *m.ready[i];
-    return m.rank[(f.block->index.x * 32 + f.warp) % m.rank.size()];
-  };
-  for (size_t i = 1; i < m.ready.size(); i++)
-    if (rank(i) < rank(best)) best = i;
-  return best;
+  size_t slot = m.ready.size(), index = 0;
+  if (m.greedy) {
+    for (size_t i = 0; i < m.ready.size(); i++)
+      if (!m.ready[i].empty() && (slot == m.ready.size() || m.rank[i] < m.rank[slot])) slot = i;
+    index = m.random() % m.ready[slot].size();
+  } else {
+    index = m.random() % m.ready_count;
+    for (slot = 0; index >= m.ready[slot].size(); slot++) index -= m.ready[slot].size();
+  }
+  std::vector<Fiber*>& from = m.ready[slot];
+  Fiber* f = from[index];
+  from[index] = from.back();
+  from.pop_back();
+  m.ready_count--;
+  return f;
 }
 
 inline void fiber_main() {
@@ -210,7 +226,7 @@ template <class Condition> void wait_until(const char* at, Condition condition) 
   while (!condition()) {
     if (++machine.idle_polls > 200000) fail(std::string("nothing moves any more, waiting in ") + at);
     self().at = at;
-    machine.ready.push_back(&self());
+    make_ready(&self());
     if (machine.greedy) machine.greedy = false;  // a poller of high rank would keep the others from running
     switch_away();
   }
@@ -276,7 +292,7 @@ template <class T> T& argument_of(Fiber* f) { return *reinterpret_cast<T*>(f->ar
 template <class T> T& result_of(Fiber* f) { return *reinterpret_cast<T*>(f->result); }
 
 // ---- launch
-inline void start_block(Block& b, uint3 index, dim3 threads, const Options& o) {
+inline void start_block(Block& b, uint3 index, int first_slot, dim3 threads, const Options& o) {
   b.index = index;
   if (o.shared_bytes > sizeof sail::cuda::dynamic_bytes)
     throw std::runtime_error("more shared memory than a block has");
@@ -294,6 +310,7 @@ inline void start_block(Block& b, uint3 index, dim3 threads, const Options& o) {
     f.block = &b;
     f.thread.x = i % threads.x, f.thread.y = i / threads.x % threads.y, f.thread.z = i / threads.x / threads.y;
     f.warp = static_cast<int>(i) / kWarp, f.lane = static_cast<int>(i) % kWarp;
+    f.slot = first_slot + f.warp;
     make_ready(&f);
   }
 }
@@ -318,13 +335,7 @@ inline void run_blocks() {
     if (b.live && b.barriers[0].arrived >= b.live) complete_barrier(b.barriers[0]);
     m.idle_polls = 0;
   }
-  if (!m.ready.empty()) {
-    const size_t i = pick();
-    Fiber* f = m.ready[i];
-    m.ready[i] = m.ready.back();
-    m.ready.pop_back();
-    run(f);
-  }
+  if (m.ready_count) run(take_ready());
   for (const auto& b : m.blocks)
     if (b->live) throw std::runtime_error(who_waits());
 }
@@ -341,16 +352,17 @@ inline void launch(dim3 grid, dim3 threads, const Options& o, const std::functio
   const size_t resident = std::min<size_t>(static_cast<size_t>(o.resident), order.size());
   while (m.stacks.size() < resident * threads.count()) m.stacks.emplace_back(new char[kStackBytes]);
   for (size_t first = 0; first < order.size(); first += resident) {
-    m.ready.clear(), m.blocks.clear();
+    const size_t warps = (threads.count() + kWarp - 1) / kWarp;
+    m.ready.assign(warps * resident, {}), m.ready_count = 0, m.blocks.clear();
     m.greedy = m.random() % 2 != 0;
-    m.rank.resize(32 * resident);
+    m.rank.resize(m.ready.size());
     for (uint64_t& r : m.rank) r = m.random();
     for (size_t i = first; i < std::min(first + resident, order.size()); i++) {
       m.blocks.push_back(std::make_unique<Block>());
       const unsigned b = order[i];
       uint3 index;
       index.x = b % grid.x, index.y = b / grid.x % grid.y, index.z = b / grid.x / grid.y;
-      start_block(*m.blocks.back(), index, threads, o);
+      start_block(*m.blocks.back(), index, static_cast<int>((i - first) * warps), threads, o);
     }
     run_blocks();
   }

@@ -160,8 +160,7 @@ inline void mbarrier_wait(uint64_t* p, uint32_t parity) {
     b.waiting.push_back(&emu::self());
     advance(b);
     if ((b.phase & 1) != parity) {  // advance() made this thread ready, and it still runs
-      auto& ready = emu::machine.ready;
-      ready.erase(std::find(ready.begin(), ready.end(), &emu::self()));
+      emu::keep_running();
       break;
     }
     emu::wait("mbarrier_wait");

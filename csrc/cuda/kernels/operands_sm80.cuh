@@ -5,6 +5,7 @@
 // An operand that is contiguous along k has its own rows as rows of the tile (FixedRows: the same ones in every step);
 // one that is contiguous along m or n has rows of k (MovingRows: others in every step, gathered by an index or not).
 #pragma once
+#include "elements.cuh"
 #include "gemm_config.h"
 #include "ptx.cuh"
 
@@ -24,10 +25,10 @@ __device__ __forceinline__ void copy_chunk(char* shared, uint32_t to, const T* f
   if constexpr (kAligned) {
     ptx::cp_async(ptx::shared_address(shared) + to, from, elements * 2);
   } else {
-    alignas(16) T chunk[8];
+    Vec<T, 8> chunk;
 #pragma unroll
-    for (int i = 0; i < 8; i++) chunk[i] = i < elements ? from[i] : static_cast<T>(0.f);
-    *reinterpret_cast<uint4*>(shared + to) = *reinterpret_cast<const uint4*>(chunk);
+    for (int i = 0; i < 8; i++) chunk.v[i] = i < elements ? from[i] : static_cast<T>(0.f);
+    *reinterpret_cast<Vec<T, 8>*>(shared + to) = chunk;
   }
 }
 

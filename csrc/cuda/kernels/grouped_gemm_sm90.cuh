@@ -1,0 +1,315 @@
+// Grouped GEMM for Hopper: persistent blocks of one producer and two consumer warp groups (TMA, wgmma).
+//
+//   producer    for every tile of this block and every 64 of K: waits for empty[slot], brings A and B into it
+//               TMA: B, and A where its rows are contiguous, by one thread
+//               cp.async by all 128: A where its rows are gathered (TMA gathers from sm_100 on), and the rows of a
+//               WgradProblem that end within a step (what follows is another expert's: zeros instead)
+//   consumers   each 64 of the tile's 128 rows, all 256 columns: waits for full[slot], multiplies, and arrives at
+//               empty[slot] a step later, when that wgmma is done; then the epilogue, straight from its 128 accumulators
+//   full[i]     one arrival with the bytes that TMA brings; where rows may be copied, one of every producer thread more
+//   empty[i]    one arrival of every consumer warp
+// The producer runs ahead through the next tile while the consumers store. 128 x 256 reads 48 KB for 1024 clocks of
+// wgmma; 128 x 128 by turns (ping-pong) would hide the epilogue but read 64 KB, more than the second-level cache gives.
+#pragma once
+#include "elements.cuh"
+#include "epilogues.cuh"
+#include "operand_sm90.cuh"
+#include "tensor_box.h"
+#include "tile_scheduler.h"
+
+namespace sail::cuda::sm90 {
+constexpr int kTileM = 128, kTileN = 256, kStages = 4, kProducers = 128, kConsumerWarps = 8;
+constexpr int kThreads = kProducers + 32 * kConsumerWarps;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+static_assert(kProducers * kProducerRegisters + 32 * kConsumerWarps * kConsumerRegisters <= 65536);
+
+struct Shared {
+  alignas(kPatternBytes) unsigned char a[kStages][kTileM * kRowBytes];
+  alignas(kPatternBytes) unsigned char b[kStages][kTileN * kRowBytes];
+  uint64_t full[kStages], empty[kStages];
+};
+constexpr int kSharedBytes = sizeof(Shared) + kPatternBytes;  // dynamic shared memory is aligned to 16 bytes
+
+__device__ __forceinline__ Shared& shared() {
+  unsigned char* raw = dynamic_shared<unsigned char>();
+  return *reinterpret_cast<Shared*>(raw + (-ptx::shared_address(raw) & (kPatternBytes - 1)));
+}
+
+__device__ __forceinline__ void start(Shared& s, bool copies) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; i++) {
+      ptx::mbarrier_init(&s.full[i], copies ? 1 + kProducers : 1);
+      ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+
+// The slot of a step; producers and consumers walk the same steps.
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) slot = 0, parity ^= 1;
+  }
+};
+
+// acc += A B over `steps` steps, of this warp group's 64 rows. copied: some bytes came by cp.async.
+template <class T, bool kAlongM, bool kAlongN>
+__device__ __forceinline__ void multiply(Shared& s, Ring& ring, int64_t steps, bool copied, float (&acc)[kTileN / 2]) {
+  const uint32_t a0 = ptx::shared_address(s.a) + (threadIdx.x / 128 - 1) * Operand<kAlongM>::kRows64Bytes;
+  const uint32_t b0 = ptx::shared_address(s.b);
+  const bool speaks = threadIdx.x % 32 == 0;
+  int previous = 0;
+  for (int64_t i = 0; i < steps; i++) {
+    ptx::mbarrier_wait(&s.full[ring.slot], ring.parity);
+    if (copied) ptx::fence_proxy_async();
+    const uint64_t a = Operand<kAlongM>::descriptor(a0 + ring.slot * sizeof(s.a[0]));
+    const uint64_t b = Operand<kAlongN>::descriptor(b0 + ring.slot * sizeof(s.b[0]));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kTileK / 16; k++)
+      ptx::wgmma<T, kTileN, kAlongM, kAlongN>(acc, a + k * (Operand<kAlongM>::kStepBytes >> 4),
+                                              b + k * (Operand<kAlongN>::kStepBytes >> 4));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    if (i && speaks) ptx::mbarrier_arrive(&s.empty[previous]);
+    previous = ring.slot;
+    ring.advance();
+  }
+  ptx::wgmma_wait<0>();
+  if (steps && speaks) ptx::mbarrier_arrive(&s.empty[previous]);
+}
+
+// Four eights of a row, of which lane q of its four takes the q-th.
+__device__ __forceinline__ void take_eight(const float (&acc)[kTileN / 2], int first, int half, float (&v)[8]) {
+  float2 quad[4];
+#pragma unroll
+  for (int t = 0; t < 4; t++) quad[t] = {acc[first + t * 4 + half * 2], acc[first + t * 4 + half * 2 + 1]};
+  turn_quad(quad);
+#pragma unroll
+  for (int t = 0; t < 4; t++) v[2 * t] = quad[t].x, v[2 * t + 1] = quad[t].y;
+}
+
+// Gives this warp's products to the epilogue: rows [row, row_end) of C, 128 of them at most, columns from n on.
+template <class Epilogue>
+__device__ __forceinline__ void store(const Epilogue& epilogue, const float (&acc)[kTileN / 2], int64_t e, int64_t row,
+                                      int64_t row_end, int64_t n) {
+  constexpr int kColumns = Epilogue::kHalves ? kTileN / 2 : kTileN;
+  const int thread = threadIdx.x - kProducers, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int64_t r = row + thread / 32 * 16 + lane / 4 + half * 8;
+    const bool inside = r < row_end;
+#pragma unroll
+    for (int block = 0; block < kColumns; block += kDotColumns) {
+      auto out = epilogue.row(e, inside ? r : Epilogue::kFinish ? -1 : row);
+#pragma unroll
+      for (int j = block; j < block + kDotColumns; j += 32) {
+        float v[8];
+        take_eight(acc, j / 2, half, v);
+        const int64_t column = n + j + lane % 4 * 8;
+        if constexpr (Epilogue::kHalves) {
+          float up[8];
+          take_eight(acc, (j + kColumns) / 2, half, up);
+          if (inside) out.eight(column, v, up);
+        } else {
+          if (inside) out.eight(column, v);
+        }
+      }
+      if constexpr (Epilogue::kFinish) out.finish(n + block);
+    }
+  }
+}
+
+__device__ __forceinline__ void clear(float (&acc)[kTileN / 2]) {
+#pragma unroll
+  for (int i = 0; i < kTileN / 2; i++) acc[i] = 0.f;
+}
+
+// ---- C[r, n] = sum_k A[row(r), k] B[e][n, k]
+template <class Out> struct RowsArguments {
+  CUtensorMap a;     // unused where A is gathered
+  CUtensorMap b[2];  // the two parts of B
+  RowsProblem problem;
+  Out out;
+};
+
+// Steps along K: those of B's first part, then those of its second, so that none has rows of both.
+struct Steps {
+  int64_t split, first, total;
+  SAIL_HD static constexpr Steps of(const RowsProblem& p) {
+    const int64_t split = p.layout == Layout::kn && p.b.split < p.K ? p.b.split : p.K, first = ceil_div(split, kTileK);
+    return {split, first, first + ceil_div(p.K - split, kTileK)};
+  }
+};
+
+template <bool kGated, Layout kLayout, class Out>
+__device__ __forceinline__ void produce_rows(const RowsArguments<Out>& args, Shared& s, int64_t n_tiles) {
+  const RowsProblem& p = args.problem;
+  const int thread = threadIdx.x;
+  const bool gathers = p.a.index != nullptr;
+  const Steps steps = Steps::of(p);
+  Ring ring;
+  RowTiles tiles(p, kTileM, n_tiles);
+  RowTile t;
+  for (int64_t tile = blockIdx.x; tiles.find(tile, &t); tile += gridDim.x) {
+    if (t.expert == p.E) continue;  // the tail has no products
+    const int n = static_cast<int>(t.n) * (kGated ? kTileN / 2 : kTileN), e = static_cast<int>(t.expert);
+    int32_t rows[kTileM / 16];  // of A, for copy_rows
+    if (gathers) {
+#pragma unroll
+      for (int i = 0; i < kTileM / 16; i++) {
+        const int64_t r = t.row + thread / 8 + i * 16;
+        rows[i] = r < t.row_end ? p.a.index[r] : -1;
+      }
+    }
+    for (int64_t i = 0; i < steps.total; i++, ring.advance()) {
+      const bool second = i >= steps.first;
+      const int part_k = static_cast<int>(second ? i - steps.first : i) * kTileK;
+      const int k = part_k + (second ? static_cast<int>(steps.split) : 0);
+      uint64_t* full = &s.full[ring.slot];
+      unsigned char *a = s.a[ring.slot], *b = s.b[ring.slot];
+      if (gathers || thread == 0) ptx::mbarrier_wait(&s.empty[ring.slot], ring.parity ^ 1);
+      if (thread == 0) {
+        ptx::mbarrier_arrive_expect(full, sizeof(s.b[0]) + (gathers ? 0 : sizeof(s.a[0])));
+        if (!gathers) ptx::tma_load(a, &args.a, full, k, static_cast<int>(t.row), 0);
+        if constexpr (kLayout == Layout::nk) {
+          ptx::tma_load(b, &args.b[0], full, k, n, e);
+          ptx::tma_load(b + kTileN / 2 * kRowBytes, &args.b[kGated], full, k, kGated ? n : n + kTileN / 2, e);
+        } else {
+#pragma unroll
+          for (int panel = 0; panel < kTileN / kBoxElements; panel++)
+            ptx::tma_load(b + panel * kPanelBytes, &args.b[second], full, n + panel * kBoxElements, part_k, e);
+        }
+      }
+      if (!gathers) continue;
+      copy_rows<kTileM>(ptx::shared_address(a), thread, [&](int j, int column) -> Chunk {
+        const char* data = static_cast<const char*>(p.a.data);
+        const int bytes = rows[j] < 0 ? 0 : chunk_bytes(p.K - k - column);
+        return {bytes ? data + (rows[j] * p.a.stride + k + column) * 2 : data, bytes};
+      });
+      ptx::mbarrier_arrive_cp_async(full);
+    }
+  }
+}
+
+template <class T, Layout kLayout, class Epilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    rows_kernel(const __grid_constant__ RowsArguments<typename Epilogue::Arguments> args) {
+  constexpr int kColumns = Epilogue::kHalves ? kTileN / 2 : kTileN;
+  const RowsProblem& p = args.problem;
+  const int64_t n_tiles = ceil_div(p.N, kColumns);
+  const bool gathers = p.a.index != nullptr;
+  Shared& s = shared();
+  start(s, gathers);
+  if (threadIdx.x < kProducers) {
+    ptx::give_registers<kProducerRegisters>();
+    if (gathers || threadIdx.x < 32) produce_rows<Epilogue::kHalves, kLayout>(args, s, n_tiles);
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    const Epilogue epilogue(p, args.out);
+    const int64_t steps = Steps::of(p).total;
+    Ring ring;
+    RowTiles tiles(p, kTileM, n_tiles);
+    RowTile t;
+    for (int64_t tile = blockIdx.x; tiles.find(tile, &t); tile += gridDim.x) {
+      float acc[kTileN / 2];
+      clear(acc);
+      multiply<T, false, kLayout == Layout::kn>(s, ring, t.expert < p.E ? steps : 0, gathers, acc);
+      store(epilogue, acc, t.expert, t.row, t.row_end, t.n * kColumns);
+    }
+  }
+}
+
+// ---- C[e][m, n] = sum_r A[row_a(r), m] B[row_b(r), n]
+struct WgradArguments {
+  CUtensorMap a, b;  // unused where gathered
+  WgradProblem problem;
+  StoreGrad out;
+};
+
+// Panels of 64 columns from column m on, of 64 rows: rows[i] is row thread / 8 + 16 i of them, negative: zeros.
+template <int kPanels>
+__device__ __forceinline__ void copy_panels(const Rows& from, const int32_t (&rows)[4], int64_t m, int64_t width,
+                                            uint32_t to, int thread) {
+  const char* data = static_cast<const char*>(from.data);
+#pragma unroll
+  for (int panel = 0; panel < kPanels; panel++)
+    copy_rows<kTileK>(to + panel * kPanelBytes, thread, [&](int j, int column) -> Chunk {
+      const int64_t at = m + panel * kBoxElements + column;
+      const int bytes = rows[j] < 0 ? 0 : chunk_bytes(width - at);
+      return {bytes ? data + (rows[j] * from.stride + at) * 2 : data, bytes};
+    });
+}
+
+// One operand's share of a step: rows [r, r + 64) of an expert that ends at row_end.
+template <int kPanels>
+__device__ __forceinline__ void load_panels(const Rows& from, const CUtensorMap* map, int64_t r, int64_t row_end,
+                                            int64_t m, int64_t width, unsigned char* to, uint64_t* full, int thread) {
+  if (!from.index && r + kTileK <= row_end) {
+    if (thread) return;
+    for (int panel = 0; panel < kPanels; panel++)
+      ptx::tma_load(to + panel * kPanelBytes, map, full, static_cast<int>(m) + panel * kBoxElements,
+                    static_cast<int>(r), 0);
+    return;
+  }
+  int32_t rows[kTileK / 16];
+#pragma unroll
+  for (int i = 0; i < kTileK / 16; i++) {
+    const int64_t at = r + thread / 8 + i * 16;
+    rows[i] = at < row_end ? static_cast<int32_t>(from.row(at)) : -1;
+  }
+  copy_panels<kPanels>(from, rows, m, width, ptx::shared_address(to), thread);
+}
+
+__device__ __forceinline__ void produce_wgrad(const WgradArguments& args, Shared& s, int64_t m_tiles, int64_t n_tiles) {
+  const WgradProblem& p = args.problem;
+  const int thread = threadIdx.x;
+  Ring ring;
+  for (int64_t tile = blockIdx.x; tile < p.E * m_tiles * n_tiles; tile += gridDim.x) {
+    const WgradTile t = wgrad_tile(tile, m_tiles, n_tiles);
+    const int64_t row_end = p.offsets[t.expert + 1];
+    for (int64_t r = p.offsets[t.expert]; r < row_end; r += kTileK, ring.advance()) {
+      uint64_t* full = &s.full[ring.slot];
+      const bool whole = r + kTileK <= row_end;
+      ptx::mbarrier_wait(&s.empty[ring.slot], ring.parity ^ 1);
+      if (thread == 0)
+        ptx::mbarrier_arrive_expect(full, (whole && !p.a.index ? sizeof(s.a[0]) : 0) +
+                                              (whole && !p.b.index ? sizeof(s.b[0]) : 0));
+      load_panels<kTileM / kBoxElements>(p.a, &args.a, r, row_end, t.m * kTileM, p.M, s.a[ring.slot], full, thread);
+      load_panels<kTileN / kBoxElements>(p.b, &args.b, r, row_end, t.n * kTileN, p.N, s.b[ring.slot], full, thread);
+      ptx::mbarrier_arrive_cp_async(full);
+    }
+  }
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constant__ WgradArguments args) {
+  const WgradProblem& p = args.problem;
+  const int64_t m_tiles = ceil_div(p.M, kTileM), n_tiles = ceil_div(p.N, kTileN);
+  Shared& s = shared();
+  start(s, true);
+  if (threadIdx.x < kProducers) {
+    ptx::give_registers<kProducerRegisters>();
+    produce_wgrad(args, s, m_tiles, n_tiles);
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    const StoreGrad& out = args.out;
+    Ring ring;
+    for (int64_t tile = blockIdx.x; tile < p.E * m_tiles * n_tiles; tile += gridDim.x) {
+      const WgradTile t = wgrad_tile(tile, m_tiles, n_tiles);
+      const int64_t steps = ceil_div(p.offsets[t.expert + 1] - p.offsets[t.expert], kTileK);
+      float acc[kTileN / 2];
+      clear(acc);
+      multiply<T, true, true>(s, ring, steps, true, acc);
+      if (!steps && out.accumulate) continue;
+      const auto keep = [&](const auto& to) { store(to, acc, t.expert, t.m * kTileM, p.M, t.n * kTileN); };
+      if (out.fp32 && out.accumulate) keep(StoreGradEpilogue<float, true, true>(p, out));
+      if (out.fp32 && !out.accumulate) keep(StoreGradEpilogue<float, false, true>(p, out));
+      if (!out.fp32 && out.accumulate) keep(StoreGradEpilogue<T, true, true>(p, out));
+      if (!out.fp32 && !out.accumulate) keep(StoreGradEpilogue<T, false, true>(p, out));
+    }
+  }
+}
+}  // namespace sail::cuda::sm90

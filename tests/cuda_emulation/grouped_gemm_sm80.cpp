@@ -1,0 +1,141 @@
+// The sm_80 grouped GEMM for tests/test_cuda_grouped_gemm.py: its own dispatch, launched on fibers.
+#include "cuda_runtime.h"
+#include "dispatch_sm80.cuh"
+
+namespace {
+using namespace sail::cuda;
+
+struct How {
+  int64_t dtype, tiles, seed, blocks;  // tiles: of sm80::Tiles
+};
+struct Start {
+  const How& how;
+  sm80::Tiles tiles(const RowsProblem&) const { return static_cast<sm80::Tiles>(how.tiles); }
+  template <class Shape, class Problem, class Arguments>
+  void launch(void (*kernel)(Problem, Arguments), int64_t tiles, const Problem& p, const Arguments& arguments) const {
+    emu::Options options;
+    options.seed = static_cast<uint64_t>(how.seed), options.shared_bytes = Shape::kSharedBytes;
+    const auto blocks = static_cast<unsigned>(std::min(tiles, how.blocks));
+    emu::launch(blocks, Shape::kThreads, options, [&] { kernel(p, arguments); });
+  }
+};
+
+template <class Problem, class Arguments> const char* run(const int64_t* how, const Problem& p, const Arguments& out) {
+  const How h = {how[0], how[1], how[2], how[3]};
+  return emu::guard([&] {
+    if (h.dtype == 0) return sm80::dispatch<__nv_bfloat16>(p, out, Start{h});
+    sm80::dispatch<__half>(p, out, Start{h});
+  });
+}
+
+// a: stride; b: expert stride, row stride, split, layout, zero_tail; sizes: R, E, N, K
+RowsProblem rows(const void* a, const int32_t* index, const void* first, const void* second, const int32_t* offsets,
+                 const int64_t* strides, const int64_t* sizes) {
+  return {{a, strides[0], index},
+          {first, second, strides[1], strides[2], strides[3]},
+          static_cast<Layout>(strides[4]),
+          offsets,
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          strides[5] != 0};
+}
+}  // namespace
+
+extern "C" {
+const char* allow(const void* p, int64_t bytes) {
+  emu::allow(p, static_cast<size_t>(bytes));
+  return nullptr;
+}
+const char* forget_allowed() {
+  emu::forget_allowed();
+  return nullptr;
+}
+
+const char* store_rows(const int64_t* how, const void* a, const int32_t* index, const void* first, const void* second,
+                       const int32_t* offsets, const int64_t* strides, const int64_t* sizes, void* out,
+                       int64_t out_stride, const void* bias, const float* weight) {
+  return run(how, rows(a, index, first, second, offsets, strides, sizes), StoreRows{out, out_stride, bias, weight});
+}
+
+const char* gated_forward(const int64_t* how, const void* a, const int32_t* index, const void* first,
+                          const void* second, const int32_t* offsets, const int64_t* strides, const int64_t* sizes,
+                          const void* bias, void* h, void* out, int64_t activation, double clamp) {
+  return run(how, rows(a, index, first, second, offsets, strides, sizes),
+             GatedForward{bias, h, out, static_cast<Activation>(activation), static_cast<float>(clamp)});
+}
+
+const char* gated_backward(const int64_t* how, const void* a, const int32_t* index, const void* first,
+                           const void* second, const int32_t* offsets, const int64_t* strides, const int64_t* sizes,
+                           const void* h, const float* weight, void* dh, void* a_weighted, float* dot,
+                           int64_t activation, double clamp) {
+  return run(
+      how, rows(a, index, first, second, offsets, strides, sizes),
+      GatedBackward{h, weight, dh, a_weighted, dot, static_cast<Activation>(activation), static_cast<float>(clamp)});
+}
+
+// strides: of a, of b; out: expert stride, row stride, split, fp32, accumulate; sizes: R, E, M, N
+const char* wgrad(const int64_t* how, const void* a, const int32_t* index_a, const void* b, const int32_t* index_b,
+                  const int32_t* offsets, const int64_t* strides, const int64_t* sizes, void* first, void* second,
+                  const int64_t* out) {
+  const WgradProblem p = {
+      {a, strides[0], index_a}, {b, strides[1], index_b}, offsets, sizes[0], sizes[1], sizes[2], sizes[3]};
+  return run(how, p, StoreGrad{{first, second, out[0], out[1], out[2]}, out[3] != 0, out[4] != 0});
+}
+
+// ---- the tile scheduler: for every block and every tile it takes, (block, expert, row, row_end, n) into `found`
+const char* row_tiles(int64_t blocks, int64_t tile_rows, int64_t n_tiles, const int32_t* offsets, int64_t R, int64_t E,
+                      int64_t zero_tail, int64_t most, int64_t* found, int64_t* count) {
+  return emu::guard([&] {
+    RowsProblem p = {};
+    p.offsets = offsets, p.R = R, p.E = E, p.zero_tail = zero_tail != 0;
+    *count = 0;
+    emu::launch(static_cast<unsigned>(blocks), 32, {}, [&] {
+      RowTiles tiles(p, static_cast<int>(tile_rows), n_tiles);
+      RowTile t;
+      for (int64_t i = blockIdx.x; tiles.find(i, &t); i += gridDim.x) {
+        if (threadIdx.x || *count >= most) continue;
+        const int64_t entry[] = {i, t.expert, t.row, t.row_end, t.n};
+        memcpy(found + 5 * (*count)++, entry, sizeof entry);
+      }
+    });
+  });
+}
+int64_t most_row_tiles(int64_t R, int64_t E, int64_t tile_rows, int64_t n_tiles) {
+  return sail::cuda::most_row_tiles(R, E, tile_rows, n_tiles);
+}
+// (m, n) of every tile of a WgradProblem into `found`: [experts * m_tiles * n_tiles, 3]
+const char* wgrad_tiles(int64_t experts, int64_t m_tiles, int64_t n_tiles, int64_t* found) {
+  for (int64_t i = 0; i < experts * m_tiles * n_tiles; i++) {
+    const WgradTile t = wgrad_tile(i, m_tiles, n_tiles);
+    found[3 * i] = t.expert, found[3 * i + 1] = t.m, found[3 * i + 2] = t.n;
+  }
+  return nullptr;
+}
+int64_t choose_tiles(int64_t R, int64_t E) { return static_cast<int64_t>(sm80::choose_tiles(R, E)); }
+
+// Chunks that meet in a bank group of 16 bytes when ldmatrix reads eight rows, or eight threads write a row; the most.
+int64_t bank_conflicts() {
+  int64_t worst = 0;
+  const auto count = [&](auto tile) {
+    using Tile = decltype(tile);
+    for (int first = 0; first < Tile::kRows; first += 8)
+      for (int chunk = 0; chunk < Tile::kChunks; chunk++) {
+        int uses[8] = {};
+        for (int row = first; row < first + 8; row++) uses[Tile::offset(row, chunk) / 16 % 8]++;
+        for (int u : uses) worst = std::max<int64_t>(worst, u);
+      }
+    for (int i = 0; i < Tile::kRows * Tile::kChunks; i += 8) {
+      int uses[8] = {};
+      for (int t = i; t < i + 8; t++) uses[Tile::offset(t / Tile::kChunks, t % Tile::kChunks) / 16 % 8]++;
+      for (int u : uses) worst = std::max<int64_t>(worst, u);
+    }
+  };
+  count(sm80::OperandTile<128, 32, false>{}), count(sm80::OperandTile<128, 32, true>{});
+  count(sm80::OperandTile<256, 32, false>{}), count(sm80::OperandTile<256, 32, true>{});
+  count(sm80::OperandTile<64, 32, false>{}), count(sm80::OperandTile<64, 32, true>{});
+  count(sm80::OperandTile<16, 32, false>{});
+  return worst;
+}
+}
