@@ -1,0 +1,238 @@
+// Attention backward with cp.async, ldmatrix and mma.sync: every card from sm_80 on. With P = 2^(scale log2(e) q k^T - lse)
+// and delta = sum(dout * out) - dlse of every row:
+//   dS = P * (dout v^T - delta)    dq = scale dS k    dk = scale dS^T q    dv = P^T dout
+// Two kernels, each with its sums in registers, compute P and dS anew: seven products where five would do, but no sum
+// over blocks, so neither atomics nor memory for partial sums. Both step through pairs of tiles, kSlots of them in shared
+// memory, as attention_forward_sm80.cuh does through single ones.
+#pragma once
+#include "attention_config.h"
+#include "attention_tile_sm80.cuh"
+
+namespace sail::cuda::sm80 {
+// stats[row] = (lse in base 2, sum(dout * out) - dlse): sixteen lanes a row. A row that saw no key has lse +inf, so that
+// all its P are 0.
+constexpr int kStatsThreads = 128;
+template <class T> __global__ void __launch_bounds__(kStatsThreads) attention_stats_kernel(const AttentionBackward a) {
+  const int lane = static_cast<int>(threadIdx.x) % 16;
+  const int64_t row = blockIdx.x * int64_t{kStatsThreads / 16} + threadIdx.x / 16, R = a.rows();
+  float sum = 0.f;
+  if (row < R && lane * 8 < a.D) {
+    float x[8], y[8];
+    const int64_t at = row * a.D + lane * 8;
+    load(static_cast<const T*>(a.dout) + at, x), load(static_cast<const T*>(a.out) + at, y);
+#pragma unroll
+    for (int e = 0; e < 8; e++) sum = fmaf(x[e], y[e], sum);
+  }
+#pragma unroll
+  for (int o = 8; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+  if (row >= R || lane) return;
+  const int64_t h = row % a.H, t = row / a.H % a.S, b = row / a.H / a.S, at = (b * a.H + h) * a.S + t;
+  const float lse = a.lse[at];
+  reinterpret_cast<float2*>(a.stats)[at] = {lse == -INFINITY ? INFINITY : lse * kLog2E,
+                                            a.dlse ? sum - a.dlse[at] : sum};
+}
+
+// Row `first` + m of dout's tile
+template <class T>
+__device__ __forceinline__ const T* dout_row(const AttentionBackward& a, const Sequence& s, int i, int head) {
+  return static_cast<const T*>(a.dout) + flat_row(a.S, a.H, a.D, s.batch, s.q0 + i, head);
+}
+
+// dq of kM queries of one head
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    attention_query_grad_kernel(const AttentionBackward a) {
+  constexpr int kF = Shape::kWarpM / 16;
+  using Queries = HeadTile<Shape::kM, Shape::kD>;
+  using Keys = HeadTile<Shape::kN, Shape::kD>;
+  RowBlock block;
+  if (!find_block<Shape::kM, true>(a, a.cu_q, a.S, a.H, &block)) return;
+  const Sequence& s = block.s;
+  const int D = static_cast<int>(a.D), g = block.head / static_cast<int>(a.H / a.G);
+  const int count = min(s.nq - block.first, Shape::kM), n1 = s.limit(block.first + count - 1, a.causal);
+  const int steps = (n1 + Shape::kN - 1) / Shape::kN;
+
+  const uint32_t queries = ptx::shared_address(dynamic_shared<char>()), gradients = queries + Queries::kBytes;
+  const uint32_t ring = gradients + Queries::kBytes;
+  const T *keys = row_of<T>(a.k, s.batch, s.k0, g), *values = row_of<T>(a.v, s.batch, s.k0, g);
+  const auto load = [&](int step) {
+    if (step < steps) {
+      const uint32_t slot = ring + step % Shape::kSlots * 2 * Keys::kBytes;
+      const int64_t n = static_cast<int64_t>(step) * Shape::kN;
+      const int there = n1 - static_cast<int>(n);
+      load_tile<T, Keys, Shape::kThreads>(slot, there, D, [&](int row) { return keys + (n + row) * a.k.token; });
+      load_tile<T, Keys, Shape::kThreads>(slot + Keys::kBytes, there, D,
+                                          [&](int row) { return values + (n + row) * a.v.token; });
+    }
+    ptx::cp_async_commit();
+  };
+  if (steps) {
+    load_tile<T, Queries, Shape::kThreads>(
+        queries, count, D, [&](int m) { return row_of<T>(a.q, s.batch, s.q0 + block.first + m, block.head); });
+    load_tile<T, Queries, Shape::kThreads>(gradients, count, D,
+                                           [&](int m) { return dout_row<T>(a, s, block.first + m, block.head); });
+  }
+#pragma unroll
+  for (int step = 0; step < Shape::kSlots - 1; step++) load(step);
+
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpM;
+  const auto row = [&](int i, int half) { return warp_row + 16 * i + 8 * half + lane_row(); };
+  float2 stats[kF][2];
+#pragma unroll
+  for (int i = 0; i < kF; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int m = row(i, half);
+      stats[i][half] = {INFINITY, 0.f};  // P = 0
+      if (m < count)
+        stats[i][half] = reinterpret_cast<const float2*>(a.stats)[lse_at(a, s, block.first + m, block.head)];
+    }
+  const float scale = a.scale * kLog2E;
+  const int all_see = s.limit(block.first + warp_row, a.causal);
+  Fragments<kF, Shape::kD> dq;
+  clear(dq);
+  for (int step = 0; step < steps; step++) {
+    ptx::cp_async_wait<Shape::kSlots - 2>();
+    __syncthreads();
+    load(step + Shape::kSlots - 1);
+    const uint32_t key_tile = ring + step % Shape::kSlots * 2 * Keys::kBytes, value_tile = key_tile + Keys::kBytes;
+    Fragments<kF, Shape::kN> p, ds;
+    clear(p), clear(ds);
+    add_scores<T, Queries, Keys>(p, queries + warp_row * Queries::kPitch, key_tile);
+    add_scores<T, Queries, Keys>(ds, gradients + warp_row * Queries::kPitch, value_tile);
+    const int n = step * Shape::kN;
+    const bool masked = n + Shape::kN > all_see;
+#pragma unroll
+    for (int i = 0; i < kF; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int limit = masked ? s.limit(block.first + row(i, half), a.causal) - n - lane_column() : Shape::kN;
+#pragma unroll
+        for (int j = 0; j < Shape::kN / 8; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            float prob = ptx::exp2(fmaf(p[i][j][2 * half + e], scale, -stats[i][half].x));
+            if (8 * j + e >= limit) prob = 0.f;
+            float& v = ds[i][j][2 * half + e];
+            v = prob * (v - stats[i][half].y);
+          }
+      }
+    add_product<T, Keys>(dq, ds, key_tile);
+  }
+  ptx::cp_async_wait<0>();
+  const auto to = [&](int i, int half) {
+    const int m = row(i, half);
+    T* out = static_cast<T*>(a.dq) + flat_row(a.S, a.H, D, s.batch, s.q0 + block.first + m, block.head);
+    return m < count ? out : nullptr;
+  };
+  store_rows(dq, D, to, [&](int, int) { return a.scale; });
+}
+
+// Blocks of kRows queries from `first` on, of all heads of a group in turn
+template <int kRows> struct QueryWalk {
+  int first, nq, head, i;
+  __device__ __forceinline__ void next() {
+    i += kRows;
+    if (i >= nq) i = first, head++;
+  }
+};
+
+// dk and dv of kM keys of one key/value head: sums over the queries of all its heads
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_key_grad_kernel(const AttentionBackward a) {
+  constexpr int kF = Shape::kWarpM / 16;
+  using Keys = HeadTile<Shape::kM, Shape::kD>;
+  using Queries = HeadTile<Shape::kN, Shape::kD>;
+  constexpr int kSlotBytes = 2 * Queries::kBytes + Shape::kN * 8;
+  RowBlock block;
+  if (!find_block<Shape::kM, false>(a, a.cu_k, a.L, a.G, &block)) return;
+  const Sequence& s = block.s;
+  const int D = static_cast<int>(a.D), group = static_cast<int>(a.H / a.G), g = block.head;
+  const int count = min(s.nk - block.first, Shape::kM);
+  const int behind = s.nk - s.nq;  // causal: query i sees key n where n - i <= behind
+  const int first = a.causal ? max(0, block.first - behind) / Shape::kN * Shape::kN : 0;
+  const int steps = first < s.nq ? group * ((s.nq - first + Shape::kN - 1) / Shape::kN) : 0;
+
+  const uint32_t keys = ptx::shared_address(dynamic_shared<char>()), values = keys + Keys::kBytes;
+  const uint32_t ring = values + Keys::kBytes;
+  QueryWalk<Shape::kN> loading = {first, s.nq, g * group, first};
+  const auto load = [&](int step) {
+    if (step < steps) {
+      const uint32_t slot = ring + step % Shape::kSlots * kSlotBytes;
+      const int i = loading.i, head = loading.head, there = s.nq - i;
+      load_tile<T, Queries, Shape::kThreads>(
+          slot, there, D, [&](int row) { return row_of<T>(a.q, s.batch, s.q0 + i + row, head); });
+      load_tile<T, Queries, Shape::kThreads>(slot + Queries::kBytes, there, D,
+                                             [&](int row) { return dout_row<T>(a, s, i + row, head); });
+      const int row = static_cast<int>(threadIdx.x);
+      if (row < Shape::kN)  // zeros past the last query: dout and q are zeros there, P is 1
+        ptx::cp_async_8(slot + 2 * Queries::kBytes + row * 8, a.stats + 2 * lse_at(a, s, row < there ? i + row : i, head),
+                        row < there ? 8 : 0);
+      loading.next();
+    }
+    ptx::cp_async_commit();
+  };
+  if (steps) {
+    load_tile<T, Keys, Shape::kThreads>(
+        keys, count, D, [&](int row) { return row_of<T>(a.k, s.batch, s.k0 + block.first + row, g); });
+    load_tile<T, Keys, Shape::kThreads>(
+        values, count, D, [&](int row) { return row_of<T>(a.v, s.batch, s.k0 + block.first + row, g); });
+  }
+#pragma unroll
+  for (int step = 0; step < Shape::kSlots - 1; step++) load(step);
+
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpM;
+  const float scale = a.scale * kLog2E;
+  QueryWalk<Shape::kN> walk = {first, s.nq, g * group, first};
+  Fragments<kF, Shape::kD> dk, dv;
+  clear(dk), clear(dv);
+  for (int step = 0; step < steps; step++, walk.next()) {
+    ptx::cp_async_wait<Shape::kSlots - 2>();
+    __syncthreads();
+    load(step + Shape::kSlots - 1);
+    const uint32_t slot = ring + step % Shape::kSlots * kSlotBytes, dout_tile = slot + Queries::kBytes;
+    const float* stats =
+        dynamic_shared<float>() + (slot - keys + 2 * Queries::kBytes) / 4 + 2 * lane_column();
+    Fragments<kF, Shape::kN> p, ds;  // transposed: rows are keys
+    clear(p);
+    add_scores<T, Keys, Queries>(p, keys + warp_row * Keys::kPitch, slot);
+    // key n and query i of the fragments' first element
+    const int n = block.first + warp_row + lane_row(), i0 = walk.i + lane_column();
+    const bool masked = a.causal && block.first + warp_row + Shape::kWarpM - 1 - walk.i > behind;
+#pragma unroll
+    for (int j = 0; j < Shape::kN / 8; j++) {
+      const float4 at = *reinterpret_cast<const float4*>(stats + 16 * j);
+#pragma unroll
+      for (int i = 0; i < kF; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float& v = p[i][j][e];
+          v = ptx::exp2(fmaf(v, scale, e % 2 ? -at.z : -at.x));
+          if (masked && n + 16 * i + e / 2 * 8 - (i0 + 8 * j + e % 2) > behind) v = 0.f;
+        }
+    }
+    add_product<T, Queries>(dv, p, dout_tile);
+    clear(ds);
+    add_scores<T, Keys, Queries>(ds, values + warp_row * Keys::kPitch, dout_tile);
+#pragma unroll
+    for (int j = 0; j < Shape::kN / 8; j++) {
+      const float4 at = *reinterpret_cast<const float4*>(stats + 16 * j);
+#pragma unroll
+      for (int i = 0; i < kF; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - (e % 2 ? at.w : at.y));
+    }
+    add_product<T, Queries>(dk, ds, slot);
+  }
+  ptx::cp_async_wait<0>();
+  const auto to = [&](void* out) {
+    return [&, out](int i, int half) {
+      const int m = warp_row + 16 * i + 8 * half + lane_row();
+      T* row = static_cast<T*>(out) + flat_row(a.L, a.G, D, s.batch, s.k0 + block.first + m, g);
+      return m < count ? row : nullptr;
+    };
+  };
+  store_rows(dk, D, to(a.dk), [&](int, int) { return a.scale; });
+  store_rows(dv, D, to(a.dv), [](int, int) { return 1.f; });
+}
+}  // namespace sail::cuda::sm80
