@@ -1,5 +1,6 @@
 // The sm_80 attention kernels for tests/test_cuda_attention.py: their own dispatch, launched on fibers.
 #include "cuda_runtime.h"
+
 #include "attention_dispatch_sm80.cuh"
 
 namespace {
@@ -67,8 +68,7 @@ const char* decode(const int64_t* how, const void* q, const void* k, const void*
 
 const char* backward(const int64_t* how, const void* q, const void* k, const void* v, const int32_t* cu_q,
                      const int32_t* cu_k, const int64_t* sizes, const int64_t* strides, double scale, const void* dout,
-                     const void* out, const float* lse, const float* dlse, float* stats, void* dq, void* dk,
-                     void* dv) {
+                     const void* out, const float* lse, const float* dlse, float* stats, void* dq, void* dk, void* dv) {
   AttentionBackward a = {};
   set(a, q, k, v, cu_q, cu_k, sizes, strides, scale);
   a.dout = dout, a.out = out, a.lse = lse, a.dlse = dlse, a.stats = stats, a.dq = dq, a.dk = dk, a.dv = dv;

@@ -5,6 +5,7 @@
 namespace sail::cuda::ptx {
 inline uint32_t shared_address(const void* p) { return emu::shared_address(p); }
 
+inline uint32_t fresh(uint32_t x) { return x; }
 inline float exp2(float x) { return ::exp2f(x); }
 
 // ---- cp.async: NaN when issued, the data when it is waited for, as late as the ISA allows

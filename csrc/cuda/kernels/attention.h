@@ -38,10 +38,10 @@ struct AttentionDecode : AttentionForward {
 };
 
 struct AttentionBackward : Attention {
-  const void *dout, *out;  // like q, contiguous
-  const float *lse, *dlse; // like AttentionForward's; dlse may be null
-  float* stats;            // [R, 2] to work in: lse in base 2, and sum(dout * out) - dlse
-  void *dq, *dk, *dv;      // like q, k, v, contiguous
+  const void *dout, *out;   // like q, contiguous
+  const float *lse, *dlse;  // like AttentionForward's; dlse may be null
+  float* stats;             // [R, 2] to work in: lse in base 2, and sum(dout * out) - dlse
+  void *dq, *dk, *dv;       // like q, k, v, contiguous
 };
 
 // The most blocks that `tokens` of B sequences can make, `rows` to a block, however they are split.

@@ -38,7 +38,11 @@ __device__ __forceinline__ const T* dout_row(const AttentionBackward& a, const S
   return static_cast<const T*>(a.dout) + flat_row(a.S, a.H, a.D, s.batch, s.q0 + i, head);
 }
 
-// dq of kM queries of one head
+// dq of queries first .. first + count of one head, against keys 0 .. n1; query i sees the keys up to i + behind
+struct QueryGradWork {
+  Sequence s;
+  int head, first, count, behind, n1;
+};
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     attention_query_grad_kernel(const AttentionBackward a) {
@@ -47,33 +51,33 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   using Keys = HeadTile<Shape::kN, Shape::kD>;
   RowBlock block;
   if (!find_block<Shape::kM, true>(a, a.cu_q, a.S, a.H, &block)) return;
-  const Sequence& s = block.s;
   const int D = static_cast<int>(a.D), g = block.head / static_cast<int>(a.H / a.G);
-  const int count = min(s.nq - block.first, Shape::kM), n1 = s.limit(block.first + count - 1, a.causal);
-  const int steps = (n1 + Shape::kN - 1) / Shape::kN;
+  const int mine = min(block.s.nq - block.first, Shape::kM), see = block.s.behind(a.causal);
+  const QueryGradWork& w = share(
+      QueryGradWork{block.s, block.head, block.first, mine, see, max(0, min(block.s.nk, block.first + mine + see))});
+  const Sequence& s = w.s;
 
   const uint32_t queries = ptx::shared_address(dynamic_shared<char>()), gradients = queries + Queries::kBytes;
   const uint32_t ring = gradients + Queries::kBytes;
   const T *keys = row_of<T>(a.k, s.batch, s.k0, g), *values = row_of<T>(a.v, s.batch, s.k0, g);
-  const auto load = [&](int step) {
-    if (step < steps) {
-      const uint32_t slot = ring + step % Shape::kSlots * 2 * Keys::kBytes;
-      const int64_t n = static_cast<int64_t>(step) * Shape::kN;
-      const int there = n1 - static_cast<int>(n);
-      load_tile<T, Keys, Shape::kThreads>(slot, there, D, [&](int row) { return keys + (n + row) * a.k.token; });
+  const auto load = [&](int there, uint32_t slot) {
+    if (there > 0) {
+      load_tile<T, Keys, Shape::kThreads>(slot, there, D, [&](int row) { return keys + row * a.k.token; });
       load_tile<T, Keys, Shape::kThreads>(slot + Keys::kBytes, there, D,
-                                          [&](int row) { return values + (n + row) * a.v.token; });
+                                          [&](int row) { return values + row * a.v.token; });
     }
     ptx::cp_async_commit();
+    keys += Shape::kN * a.k.token, values += Shape::kN * a.v.token;
   };
-  if (steps) {
-    load_tile<T, Queries, Shape::kThreads>(
-        queries, count, D, [&](int m) { return row_of<T>(a.q, s.batch, s.q0 + block.first + m, block.head); });
-    load_tile<T, Queries, Shape::kThreads>(gradients, count, D,
-                                           [&](int m) { return dout_row<T>(a, s, block.first + m, block.head); });
+  int left = w.n1;
+  if (left > 0) {
+    load_tile<T, Queries, Shape::kThreads>(queries, w.count, D,
+                                           [&](int m) { return row_of<T>(a.q, s.batch, s.q0 + w.first + m, w.head); });
+    load_tile<T, Queries, Shape::kThreads>(gradients, w.count, D,
+                                           [&](int m) { return dout_row<T>(a, s, w.first + m, w.head); });
   }
-#pragma unroll
-  for (int step = 0; step < Shape::kSlots - 1; step++) load(step);
+  static_assert(Shape::kSlots == 2);
+  load(left, ring);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpM;
   const auto row = [&](int i, int half) { return warp_row + 16 * i + 8 * half + lane_row(); };
@@ -84,46 +88,48 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     for (int half = 0; half < 2; half++) {
       const int m = row(i, half);
       stats[i][half] = {INFINITY, 0.f};  // P = 0
-      if (m < count)
-        stats[i][half] = reinterpret_cast<const float2*>(a.stats)[lse_at(a, s, block.first + m, block.head)];
+      if (m < w.count) stats[i][half] = reinterpret_cast<const float2*>(a.stats)[lse_at(a, s, w.first + m, w.head)];
     }
   const float scale = a.scale * kLog2E;
-  const int all_see = s.limit(block.first + warp_row, a.causal);
   Fragments<kF, Shape::kD> dq;
   clear(dq);
-  for (int step = 0; step < steps; step++) {
+  uint32_t key_tile = ring;
+  for (; left > 0; left -= Shape::kN) {
     ptx::cp_async_wait<Shape::kSlots - 2>();
     __syncthreads();
-    load(step + Shape::kSlots - 1);
-    const uint32_t key_tile = ring + step % Shape::kSlots * 2 * Keys::kBytes, value_tile = key_tile + Keys::kBytes;
+    const uint32_t other = 2 * ring + 2 * Keys::kBytes - key_tile;
+    load(left - Shape::kN, other);
     Fragments<kF, Shape::kN> p, ds;
     clear(p), clear(ds);
-    add_scores<T, Queries, Keys>(p, queries + warp_row * Queries::kPitch, key_tile);
-    add_scores<T, Queries, Keys>(ds, gradients + warp_row * Queries::kPitch, value_tile);
-    const int n = step * Shape::kN;
-    const bool masked = n + Shape::kN > all_see;
+    add_scores<T, Queries, Keys>(p, ptx::fresh(queries + warp_row * Queries::kPitch), key_tile);
+    add_scores<T, Queries, Keys>(ds, ptx::fresh(gradients + warp_row * Queries::kPitch), key_tile + Keys::kBytes);
+    const auto last = [&](int m) { return min(w.n1 - 1, w.first + m + w.behind) - (w.n1 - left); };
+    const bool masked = last(warp_row) < Shape::kN - 1;
 #pragma unroll
     for (int i = 0; i < kF; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int limit = masked ? s.limit(block.first + row(i, half), a.causal) - n - lane_column() : Shape::kN;
+        const int seen = masked ? last(row(i, half)) - lane_column() : Shape::kN;
 #pragma unroll
         for (int j = 0; j < Shape::kN / 8; j++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             float prob = ptx::exp2(fmaf(p[i][j][2 * half + e], scale, -stats[i][half].x));
-            if (8 * j + e >= limit) prob = 0.f;
+            if (8 * j + e > seen) prob = 0.f;
             float& v = ds[i][j][2 * half + e];
             v = prob * (v - stats[i][half].y);
           }
       }
-    add_product<T, Keys>(dq, ds, key_tile);
+    Operand<kF, Shape::kN> rounded;
+    round_rows<T>(rounded, ds);
+    add_product<T, Keys>(dq, rounded, key_tile);
+    key_tile = other;
   }
   ptx::cp_async_wait<0>();
   const auto to = [&](int i, int half) {
     const int m = row(i, half);
-    T* out = static_cast<T*>(a.dq) + flat_row(a.S, a.H, D, s.batch, s.q0 + block.first + m, block.head);
-    return m < count ? out : nullptr;
+    T* out = static_cast<T*>(a.dq) + flat_row(a.S, a.H, D, s.batch, s.q0 + w.first + m, w.head);
+    return m < w.count ? out : nullptr;
   };
   store_rows(dq, D, to, [&](int, int) { return a.scale; });
 }
@@ -139,7 +145,8 @@ template <int kRows> struct QueryWalk {
 
 // dk and dv of kM keys of one key/value head: sums over the queries of all its heads
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_key_grad_kernel(const AttentionBackward a) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    attention_key_grad_kernel(const AttentionBackward a) {
   constexpr int kF = Shape::kWarpM / 16;
   using Keys = HeadTile<Shape::kM, Shape::kD>;
   using Queries = HeadTile<Shape::kN, Shape::kD>;
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_key
   const Sequence& s = block.s;
   const int D = static_cast<int>(a.D), group = static_cast<int>(a.H / a.G), g = block.head;
   const int count = min(s.nk - block.first, Shape::kM);
-  const int behind = s.nk - s.nq;  // causal: query i sees key n where n - i <= behind
+  const int behind = s.behind(a.causal);
   const int first = a.causal ? max(0, block.first - behind) / Shape::kN * Shape::kN : 0;
   const int steps = first < s.nq ? group * ((s.nq - first + Shape::kN - 1) / Shape::kN) : 0;
 
@@ -160,23 +167,23 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_key
     if (step < steps) {
       const uint32_t slot = ring + step % Shape::kSlots * kSlotBytes;
       const int i = loading.i, head = loading.head, there = s.nq - i;
-      load_tile<T, Queries, Shape::kThreads>(
-          slot, there, D, [&](int row) { return row_of<T>(a.q, s.batch, s.q0 + i + row, head); });
+      load_tile<T, Queries, Shape::kThreads>(slot, there, D,
+                                             [&](int row) { return row_of<T>(a.q, s.batch, s.q0 + i + row, head); });
       load_tile<T, Queries, Shape::kThreads>(slot + Queries::kBytes, there, D,
                                              [&](int row) { return dout_row<T>(a, s, i + row, head); });
       const int row = static_cast<int>(threadIdx.x);
       if (row < Shape::kN)  // zeros past the last query: dout and q are zeros there, P is 1
-        ptx::cp_async_8(slot + 2 * Queries::kBytes + row * 8, a.stats + 2 * lse_at(a, s, row < there ? i + row : i, head),
-                        row < there ? 8 : 0);
+        ptx::cp_async_8(slot + 2 * Queries::kBytes + row * 8,
+                        a.stats + 2 * lse_at(a, s, row < there ? i + row : i, head), row < there ? 8 : 0);
       loading.next();
     }
     ptx::cp_async_commit();
   };
   if (steps) {
-    load_tile<T, Keys, Shape::kThreads>(
-        keys, count, D, [&](int row) { return row_of<T>(a.k, s.batch, s.k0 + block.first + row, g); });
-    load_tile<T, Keys, Shape::kThreads>(
-        values, count, D, [&](int row) { return row_of<T>(a.v, s.batch, s.k0 + block.first + row, g); });
+    load_tile<T, Keys, Shape::kThreads>(keys, count, D,
+                                        [&](int row) { return row_of<T>(a.k, s.batch, s.k0 + block.first + row, g); });
+    load_tile<T, Keys, Shape::kThreads>(values, count, D,
+                                        [&](int row) { return row_of<T>(a.v, s.batch, s.k0 + block.first + row, g); });
   }
 #pragma unroll
   for (int step = 0; step < Shape::kSlots - 1; step++) load(step);
@@ -191,14 +198,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_key
     __syncthreads();
     load(step + Shape::kSlots - 1);
     const uint32_t slot = ring + step % Shape::kSlots * kSlotBytes, dout_tile = slot + Queries::kBytes;
-    const float* stats =
-        dynamic_shared<float>() + (slot - keys + 2 * Queries::kBytes) / 4 + 2 * lane_column();
+    const float* stats = dynamic_shared<float>() + (slot - keys + 2 * Queries::kBytes) / 4 + 2 * lane_column();
     Fragments<kF, Shape::kN> p, ds;  // transposed: rows are keys
     clear(p);
-    add_scores<T, Keys, Queries>(p, keys + warp_row * Keys::kPitch, slot);
+    add_scores<T, Keys, Queries>(p, ptx::fresh(keys + warp_row * Keys::kPitch), slot);
     // key n and query i of the fragments' first element
     const int n = block.first + warp_row + lane_row(), i0 = walk.i + lane_column();
-    const bool masked = a.causal && block.first + warp_row + Shape::kWarpM - 1 - walk.i > behind;
+    const bool masked = block.first + warp_row + Shape::kWarpM - 1 - walk.i > behind;
 #pragma unroll
     for (int j = 0; j < Shape::kN / 8; j++) {
       const float4 at = *reinterpret_cast<const float4*>(stats + 16 * j);
@@ -211,9 +217,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_key
           if (masked && n + 16 * i + e / 2 * 8 - (i0 + 8 * j + e % 2) > behind) v = 0.f;
         }
     }
-    add_product<T, Queries>(dv, p, dout_tile);
+    Operand<kF, Shape::kN> rounded;
+    round_rows<T>(rounded, p);
+    add_product<T, Queries>(dv, rounded, dout_tile);
     clear(ds);
-    add_scores<T, Keys, Queries>(ds, values + warp_row * Keys::kPitch, dout_tile);
+    add_scores<T, Keys, Queries>(ds, ptx::fresh(values + warp_row * Keys::kPitch), dout_tile);
 #pragma unroll
     for (int j = 0; j < Shape::kN / 8; j++) {
       const float4 at = *reinterpret_cast<const float4*>(stats + 16 * j);
@@ -222,7 +230,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_key
 #pragma unroll
         for (int e = 0; e < 4; e++) ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - (e % 2 ? at.w : at.y));
     }
-    add_product<T, Queries>(dk, ds, slot);
+    round_rows<T>(rounded, ds);
+    add_product<T, Queries>(dk, rounded, slot);
   }
   ptx::cp_async_wait<0>();
   const auto to = [&](void* out) {

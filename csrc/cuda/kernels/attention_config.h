@@ -25,12 +25,11 @@ template <int D> using DecodeShape = AttentionShape<D, 64, 64, 4, 3, 2, (64 + 3 
 // Queries and their gradients' sums against pairs of keys and values. 32 keys at a time where 64 would not leave
 // registers for the sums.
 template <int D>
-using QueryGradShape =
-    AttentionShape<D, 128, D == 64 ? 64 : 32, 4, 2, D == 64 ? 2 : 1,
-                   (2 * 128 + 4 * (D == 64 ? 64 : 32)) * head_bytes(D)>;
+using QueryGradShape = AttentionShape<D, 128, D == 64 ? 64 : 32, 4, 2, D == 64 ? 2 : 1,
+                                      (2 * 128 + 4 * (D == 64 ? 64 : 32)) * head_bytes(D)>;
 // Keys, values and two sums against pairs of queries and output gradients, whose lse and delta lie beside them. 32 keys
 // a warp where their two sums fit into its registers, otherwise 16.
 template <int D>
-using KeyGradShape = AttentionShape<D, 128, 32, D == 64 ? 4 : 8, 2, D == 64 ? 2 : 1,
-                                    (2 * 128 + 4 * 32) * head_bytes(D) + 2 * 32 * 8>;
+using KeyGradShape =
+    AttentionShape<D, 128, 32, D == 64 ? 4 : 8, 2, D == 64 ? 2 : 1, (2 * 128 + 4 * 32) * head_bytes(D) + 2 * 32 * 8>;
 }  // namespace sail::cuda::sm80

@@ -82,6 +82,15 @@ template <int kF> struct Softmax {
   }
 };
 
+// -inf for the columns after `last`
+template <int kN8> __device__ __forceinline__ void mask(float (&s)[kN8][4], int half, int last) {
+#pragma unroll
+  for (int j = 0; j < kN8; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      if (8 * j + e > last - lane_column()) s[j][2 * half + e] = -INFINITY;
+}
+
 // Row m of a block's sequence: a query, or with kSplit a query and one of the heads that share a key/value head.
 template <bool kSplit> struct QueryRows {
   int group, head0;
@@ -90,29 +99,30 @@ template <bool kSplit> struct QueryRows {
   __device__ __forceinline__ int head(int m) const { return kSplit ? head0 + m % group : head0; }
 };
 
-struct Work {
+// Rows first .. first + count of a sequence against keys n0 .. n1; query i sees the keys up to i + behind.
+struct ForwardWork {
   Sequence s;
-  int g, head, first, split, n0, n1;  // rows from `first`, keys n0 .. n1 at most
+  int g, head, first, split, n0, n1, count, behind;
 };
 
 template <class Shape>
-__device__ __forceinline__ bool find_work(const AttentionForward& a, Work* w) {
+__device__ __forceinline__ bool find_work(const AttentionForward& a, ForwardWork* w) {
   RowBlock block;
   if (!find_block<Shape::kM, true>(a, a.cu_q, a.S, a.H, &block)) return false;
   const int group = static_cast<int>(a.H / a.G);
-  *w = {block.s, block.head / group, block.head, block.first, 0, 0, block.s.nk};
+  *w = {block.s, block.head / group, block.head, block.first, 0, 0, block.s.nk, 0, 0};
   return true;
 }
 // splits are neighbors, then key/value heads, then sequences, then blocks of rows
 template <class Shape>
-__device__ __forceinline__ bool find_work(const AttentionDecode& a, Work* w) {
+__device__ __forceinline__ bool find_work(const AttentionDecode& a, ForwardWork* w) {
   const auto splits = static_cast<uint32_t>(a.splits), G = static_cast<uint32_t>(a.G);
   const uint32_t split = blockIdx.x % splits, rest = blockIdx.x / splits, g = rest % G;
   const auto B = static_cast<uint32_t>(a.B);
   const int group = static_cast<int>(a.H / a.G), first = static_cast<int>(rest / G / B) * Shape::kM;
   Sequence s = sequence(a, rest / G % B);
   const int n0 = static_cast<int>(split * a.chunk), n1 = static_cast<int>(min((split + 1) * a.chunk, int64_t{s.nk}));
-  *w = {s, static_cast<int>(g), static_cast<int>(g) * group, first, static_cast<int>(split), n0, n1};
+  *w = {s, static_cast<int>(g), static_cast<int>(g) * group, first, static_cast<int>(split), n0, n1, 0, 0};
   return first < s.nq * group;
 }
 
@@ -122,55 +132,57 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
   constexpr int kF = Shape::kWarpM / 16;
   using Queries = HeadTile<Shape::kM, Shape::kD>;
   using Keys = HeadTile<Shape::kN, Shape::kD>;
-  Work w;
-  if (!find_work<Shape>(a, &w)) return;
+  const int group = static_cast<int>(a.H / a.G), D = static_cast<int>(a.D);
+  ForwardWork mine;
+  if (!find_work<Shape>(a, &mine)) return;
+  const QueryRows<kSplit> rows{group, mine.head};
+  mine.count = min(rows.count(mine.s.nq) - mine.first, Shape::kM);
+  mine.behind = mine.s.behind(a.causal);
+  mine.n1 = min(mine.n1, rows.query(mine.first + mine.count - 1) + mine.behind + 1);
+  const ForwardWork& w = share(mine);
   const Sequence& s = w.s;
-  const int D = static_cast<int>(a.D);
-  const QueryRows<kSplit> rows{static_cast<int>(a.H / a.G), w.head};
-  const int count = min(rows.count(s.nq) - w.first, Shape::kM);
-  const int n1 = min(w.n1, s.limit(rows.query(w.first + count - 1), a.causal));
-  const int steps = n1 > w.n0 ? (n1 - w.n0 + Shape::kN - 1) / Shape::kN : 0;
 
   const uint32_t queries = ptx::shared_address(dynamic_shared<char>()), ring = queries + Queries::kBytes;
   const T* keys = row_of<T>(a.k, s.batch, s.k0 + w.n0, w.g);
   const T* values = row_of<T>(a.v, s.batch, s.k0 + w.n0, w.g);
-  int loaded = 0, read = 0;  // slots
-  const auto load = [&](int step, const T* from, int64_t stride) {
-    if (step < steps)
-      load_tile<T, Keys, Shape::kThreads>(ring + loaded * Keys::kBytes, n1 - w.n0 - step * Shape::kN, D, [&](int row) {
-        return from + (static_cast<int64_t>(step) * Shape::kN + row) * stride;
-      });
+  int slot = 0;  // of the tile that is read next
+  const auto load = [&](int there, int to, const T** from, int64_t stride) {
+    if (there > 0)
+      load_tile<T, Keys, Shape::kThreads>(ring + to * Keys::kBytes, there, D,
+                                          [&](int row) { return *from + row * stride; });
     ptx::cp_async_commit();
-    loaded = loaded + 1 == Shape::kSlots ? 0 : loaded + 1;
+    *from += Shape::kN * stride;
   };
-  const auto next_tile = [&] {
+  // Starts the copy of the tile after the next, into the slot of the one before.
+  const auto next_tile = [&](int there, const T** from, int64_t stride) {
     ptx::cp_async_wait<Shape::kSlots - 2>();
     __syncthreads();
-    const uint32_t tile = ring + read * Keys::kBytes;
-    read = read + 1 == Shape::kSlots ? 0 : read + 1;
-    return tile;
+    const int now = slot;
+    load(there, now ? now - 1 : Shape::kSlots - 1, from, stride);
+    slot = now + 1 == Shape::kSlots ? 0 : now + 1;
+    return ring + now * Keys::kBytes;
   };
   static_assert(Shape::kSlots == 3, "one tile of keys and one of values are under way");
-  if (steps)
-    load_tile<T, Queries, Shape::kThreads>(queries, count, D, [&](int m) {
+  int left = w.n1 - w.n0;
+  if (left > 0)
+    load_tile<T, Queries, Shape::kThreads>(queries, w.count, D, [&](int m) {
       return row_of<T>(a.q, s.batch, s.q0 + rows.query(w.first + m), rows.head(w.first + m));
     });
-  load(0, keys, a.k.token);
-  load(0, values, a.v.token);
+  load(left, 0, &keys, a.k.token);
+  load(left, 1, &values, a.v.token);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpM;
   const uint32_t warp_queries = queries + warp_row * Queries::kPitch;
   const float scale = fmaxf(fabsf(a.scale) * kLog2E, 1e-30f);  // positive: a masked score is -inf
-  const int all_see = s.limit(rows.query(w.first + warp_row), a.causal);
+  const auto row = [&](int i, int half) { return warp_row + 16 * i + 8 * half + lane_row(); };
   Softmax<kF> softmax;
   Fragments<kF, Shape::kD> o;
   clear(o);
-  for (int step = 0; step < steps; step++) {
+  for (; left > 0; left -= Shape::kN) {
     Fragments<kF, Shape::kN> p;
     clear(p);
-    const uint32_t key_tile = next_tile();
-    load(step + 1, keys, a.k.token);
-    add_scores<T, Queries, Keys>(p, warp_queries, key_tile);
+    const uint32_t key_tile = next_tile(left - Shape::kN, &keys, a.k.token);
+    add_scores<T, Queries, Keys>(p, ptx::fresh(warp_queries), key_tile);
     if (a.scale < 0) {
 #pragma unroll
       for (int i = 0; i < kF; i++)
@@ -179,54 +191,45 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
 #pragma unroll
           for (int e = 0; e < 4; e++) p[i][j][e] = -p[i][j][e];
     }
-    const int n = w.n0 + step * Shape::kN;
-    if (n + Shape::kN > min(all_see, n1)) {
+    const auto last = [&](int m) { return min(w.n1 - 1, rows.query(w.first + m) + w.behind) - (w.n1 - left); };
+    if (last(warp_row) < Shape::kN - 1) {
 #pragma unroll
       for (int i = 0; i < kF; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int row = rows.query(w.first + warp_row + 16 * i + 8 * half + lane_row());
-          const int limit = min(s.limit(row, a.causal), n1) - n - lane_column();
-#pragma unroll
-          for (int j = 0; j < Shape::kN / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-              if (8 * j + e >= limit) p[i][j][2 * half + e] = -INFINITY;
-        }
+        for (int half = 0; half < 2; half++) mask(p[i], half, last(row(i, half)));
     }
     softmax.update(p, o, scale);
-    const uint32_t value_tile = next_tile();
-    load(step + 1, values, a.v.token);
-    add_product<T, Keys>(o, p, value_tile);
+    Operand<kF, Shape::kN> rounded;
+    round_rows<T>(rounded, p);
+    add_product<T, Keys>(o, rounded, next_tile(left - Shape::kN, &values, a.v.token));
   }
   ptx::cp_async_wait<0>();
 
   softmax.finish();
-  const auto row = [&](int i, int half) { return warp_row + 16 * i + 8 * half + lane_row(); };
   const auto at = [&](int m) { return lse_at(a, s, rows.query(w.first + m), rows.head(w.first + m)); };
 #pragma unroll
   for (int i = 0; i < kF; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int m = row(i, half);
-      if (m >= count || threadIdx.x % 4) continue;
+      if (m >= w.count || threadIdx.x % 4) continue;
       const float log2_sum = softmax.log2_sum(i, half, scale);
       if constexpr (kSplit) a.partial_lse[w.split * a.rows() + at(m)] = log2_sum;
       if constexpr (!kSplit) a.lse[at(m)] = log2_sum * kLn2;
     }
   const auto factor = [&](int i, int half) { return softmax.inverse(i, half); };
   if constexpr (kSplit) {
-    if (!steps) return;  // attention_combine_kernel reads no row whose lse is -inf
+    if (w.n1 <= w.n0) return;  // attention_combine_kernel reads no row whose lse is -inf
     const auto to = [&](int i, int half) {
       const int m = row(i, half);
-      return m < count ? a.partial_out + (w.split * a.rows() + at(m)) * D : nullptr;
+      return m < w.count ? a.partial_out + (w.split * a.rows() + at(m)) * D : nullptr;
     };
     store_rows(o, D, to, factor);
   } else {
     const auto to = [&](int i, int half) {
       const int m = row(i, half);
       T* out = static_cast<T*>(a.out) + flat_row(a.S, a.H, D, s.batch, s.q0 + w.first + m, w.head);
-      return m < count ? out : nullptr;
+      return m < w.count ? out : nullptr;
     };
     store_rows(o, D, to, factor);
   }
@@ -234,7 +237,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
 
 // out = sum of 2^(lse_i - lse) out_i over the splits i, in order: a warp a row, four elements a lane
 constexpr int kCombineThreads = 128;
-template <class T> __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(const AttentionDecode a) {
+template <class T> __global__ void __launch_bounds__(kCombineThreads)
+    attention_combine_kernel(const AttentionDecode a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t r = blockIdx.x * int64_t{kCombineThreads / 32} + threadIdx.x / 32, R = a.rows();
   if (r >= R) return;

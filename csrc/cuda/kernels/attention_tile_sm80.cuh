@@ -13,12 +13,9 @@ constexpr float kLn2 = 0.6931471805599453f, kLog2E = 1.4426950408889634f;
 
 // ---- sequences and blocks of rows
 struct Sequence {
-  int64_t batch;
-  int q0, nq, k0, nk;  // tokens q0 .. q0 + nq attend to tokens k0 .. k0 + nk
-  // keys that query i sees, from the first on; all queries past the last see all keys
-  __device__ __forceinline__ int limit(int i, bool causal) const {
-    return causal ? max(0, min(nk, i + 1 + nk - nq)) : nk;
-  }
+  int batch, q0, nq, k0, nk;  // tokens q0 .. q0 + nq attend to tokens k0 .. k0 + nk
+  // the last key that query i sees is i + behind
+  __device__ __forceinline__ int behind(bool causal) const { return causal ? nk - nq : 1 << 30; }
 };
 
 struct Span {
@@ -30,7 +27,7 @@ __device__ __forceinline__ Span span(const int32_t* cu, int64_t i, int64_t total
 }
 
 __device__ __forceinline__ Sequence sequence(const Attention& a, int64_t i) {
-  if (!a.cu_q) return {i, 0, static_cast<int>(a.S), 0, static_cast<int>(a.L)};
+  if (!a.cu_q) return {static_cast<int>(i), 0, static_cast<int>(a.S), 0, static_cast<int>(a.L)};
   const Span q = span(a.cu_q, i, a.S), k = span(a.cu_k, i, a.L);
   return {0, q.first, q.count, k.first, k.count};
 }
@@ -79,6 +76,14 @@ __device__ __forceinline__ bool find_block(const Attention& a, const int32_t* cu
   return true;
 }
 
+// What a block works on, in shared memory: in registers it would take the place of a loop's operands.
+template <class Work> __device__ __forceinline__ const Work& share(const Work& mine) {
+  __shared__ Work work;
+  if (threadIdx.x == 0) work = mine;
+  __syncthreads();
+  return work;
+}
+
 template <class T> __device__ __forceinline__ const T* row_of(const HeadRows& x, int64_t b, int64_t t, int64_t h) {
   return static_cast<const T*>(x.data) + b * x.batch + t * x.token + h * x.head;
 }
@@ -87,7 +92,7 @@ __device__ __forceinline__ int64_t flat_row(int64_t tokens, int64_t heads, int64
   return ((b * tokens + t) * heads + h) * D;
 }
 __device__ __forceinline__ int64_t lse_at(const Attention& a, const Sequence& s, int i, int head) {
-  return (s.batch * a.H + head) * a.S + s.q0 + i;
+  return (int64_t{s.batch} * a.H + head) * a.S + s.q0 + i;
 }
 
 // ---- tiles: rows of kD elements in chunks of 16 bytes. The eight rows that a matrix of ldmatrix takes lie in different
@@ -102,7 +107,6 @@ template <int kRowsOf, int kElements> struct HeadTile {
 };
 
 // Starts the copies of source(0), source(1), ... into a tile; zeros for rows from `rows` on and elements from D on.
-// There is at least one row.
 template <class T, class Tile, int kThreads, class Source>
 __device__ __forceinline__ void load_tile(uint32_t tile, int rows, int D, Source source) {
   constexpr int kAcross = Tile::kChunks % 8 == 0 ? 8 : 4, kStep = kThreads / kAcross;
@@ -111,11 +115,11 @@ __device__ __forceinline__ void load_tile(uint32_t tile, int rows, int D, Source
   for (int first = 0; first < Tile::kRows; first += kStep) {
     const int row = first + down;
     if (Tile::kRows % kStep && row >= Tile::kRows) continue;
-    const T* from = source(row < rows ? row : 0);
+    const T* from = source(row) + across * 8;
 #pragma unroll
-    for (int chunk = across; chunk < Tile::kChunks; chunk += kAcross) {
-      const bool there = row < rows && chunk * 8 < D;
-      ptx::cp_async(tile + Tile::offset(row, chunk), there ? from + chunk * 8 : from, there ? 16 : 0);
+    for (int right = 0; right < Tile::kChunks; right += kAcross) {
+      const bool there = row < rows && (across + right) * 8 < D;
+      ptx::cp_async(tile + Tile::offset(row, across + right), from + right * 8, there ? 16 : 0);
     }
   }
 }
@@ -126,26 +130,27 @@ template <class Tile, bool kAcross> __device__ __forceinline__ uint32_t lane_off
   const int lane = static_cast<int>(threadIdx.x) % 32;
   return kAcross ? Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2) : Tile::offset(lane % 16, lane / 16);
 }
-// The block at `row` and 16 * step elements; `row` is a multiple of 16.
-template <class Tile> __device__ __forceinline__ uint32_t block_at(uint32_t tile, uint32_t lane, int row, int step) {
+// From there the block at `row`, a multiple of 16, and 16 * step elements. Swizzled tiles start on 256 bytes, so that the
+// step's bits meet those of the swizzle alone.
+template <class Tile> __device__ __forceinline__ uint32_t block_at(uint32_t from, int row, int step) {
   const auto right = static_cast<uint32_t>(step * 32);
-  return tile + (Tile::kSwizzled ? lane ^ right : lane + right) + row * Tile::kPitch;
+  return (Tile::kSwizzled ? from ^ right : from + right) + row * Tile::kPitch;
 }
 
 template <int kF, int kColumns> using Fragments = float[kF][kColumns / 8][4];  // 16 kF rows of a warp
 
 template <class T, class TileA, class TileB, int kF, int kN8>
 __device__ __forceinline__ void add_scores(float (&c)[kF][kN8][4], uint32_t a_tile, uint32_t b_tile) {
-  const uint32_t a_lane = lane_offset<TileA, false>(), b_lane = lane_offset<TileB, true>();
+  const uint32_t a_from = a_tile + lane_offset<TileA, false>(), b_from = b_tile + lane_offset<TileB, true>();
 #pragma unroll
   for (int step = 0; step < TileA::kChunks / 2; step++) {
     uint32_t a[kF][4];
 #pragma unroll
-    for (int i = 0; i < kF; i++) ptx::ldmatrix(a[i], block_at<TileA>(a_tile, a_lane, 16 * i, step));
+    for (int i = 0; i < kF; i++) ptx::ldmatrix(a[i], block_at<TileA>(a_from, 16 * i, step));
 #pragma unroll
     for (int j = 0; j < kN8 / 2; j++) {
       uint32_t b[4];
-      ptx::ldmatrix(b, block_at<TileB>(b_tile, b_lane, 16 * j, step));
+      ptx::ldmatrix(b, block_at<TileB>(b_from, 16 * j, step));
 #pragma unroll
       for (int i = 0; i < kF; i++) {
         ptx::mma<T>(c[i][2 * j], a[i], b[0], b[1]);
@@ -164,30 +169,36 @@ __device__ __forceinline__ uint32_t pack(__half, float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-template <class T, class Tile, int kF, int kN8, int kD8>
-__device__ __forceinline__ void add_product(float (&c)[kF][kD8][4], const float (&p)[kF][kN8][4], uint32_t tile) {
-  const uint32_t lane = lane_offset<Tile, false>();
+// Accumulators, rounded, as the first operand of the next product: [16 rows][16 columns][4]
+template <int kF, int kColumns> using Operand = uint32_t[kF][kColumns / 16][4];
+template <class T, int kF, int kN8, int kN16>
+__device__ __forceinline__ void round_rows(uint32_t (&a)[kF][kN16][4], const float (&p)[kF][kN8][4]) {
 #pragma unroll
-  for (int n = 0; n < kN8 / 2; n++) {
-    uint32_t a[kF][4];
+  for (int i = 0; i < kF; i++)
 #pragma unroll
-    for (int i = 0; i < kF; i++)
+    for (int n = 0; n < kN16; n++)
 #pragma unroll
       for (int r = 0; r < 4; r++) {
-        const float(&from)[4] = p[i][2 * n + r / 2];
-        a[i][r] = pack(T{}, from[r % 2 * 2], from[r % 2 * 2 + 1]);
+        const float (&from)[4] = p[i][2 * n + r / 2];
+        a[i][n][r] = pack(T{}, from[r % 2 * 2], from[r % 2 * 2 + 1]);
       }
+}
+
+template <class T, class Tile, int kF, int kN16, int kD8>
+__device__ __forceinline__ void add_product(float (&c)[kF][kD8][4], const uint32_t (&a)[kF][kN16][4], uint32_t tile) {
+  const uint32_t from_tile = tile + lane_offset<Tile, false>();
+#pragma unroll
+  for (int n = 0; n < kN16; n++)
 #pragma unroll
     for (int j = 0; j < kD8 / 2; j++) {
       uint32_t b[4];
-      ptx::ldmatrix_transposed(b, block_at<Tile>(tile, lane, 16 * n, j));
+      ptx::ldmatrix_transposed(b, block_at<Tile>(from_tile, 16 * n, j));
 #pragma unroll
       for (int i = 0; i < kF; i++) {
-        ptx::mma<T>(c[i][2 * j], a[i], b[0], b[1]);
-        ptx::mma<T>(c[i][2 * j + 1], a[i], b[2], b[3]);
+        ptx::mma<T>(c[i][2 * j], a[i][n], b[0], b[1]);
+        ptx::mma<T>(c[i][2 * j + 1], a[i][n], b[2], b[3]);
       }
     }
-  }
 }
 
 // ---- what a lane has of a warp's fragments: rows lane / 4 + 8 * (2 i + half), columns 2 * (lane % 4) + 8 j and the next

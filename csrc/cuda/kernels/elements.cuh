@@ -24,9 +24,9 @@ template <class T, int N> __device__ void store(T* p, const float (&in)[N]) {
   *reinterpret_cast<Vec<T, N>*>(p) = u;
 }
 
-// The block's dynamic shared memory.
+// The block's dynamic shared memory; aligned as the widest swizzle wants it.
 template <class T> __device__ T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char dynamic_bytes[];
+  extern __shared__ __align__(1024) unsigned char dynamic_bytes[];
   return reinterpret_cast<T*>(dynamic_bytes);
 }
 

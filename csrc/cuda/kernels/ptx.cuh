@@ -14,6 +14,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The same value, but nothing that follows from it is computed ahead of the loop this stands in: addresses that are one
+// instruction away would each hold a register all the time.
+__device__ __forceinline__ uint32_t fresh(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- 2^x, two units in the last place off at most; subnormal results are 0, -inf gives 0
 __device__ __forceinline__ float exp2(float x) {
   float y;
