@@ -81,15 +81,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpM;
   const auto row = [&](int i, int half) { return warp_row + 16 * i + 8 * half + lane_row(); };
-  float2 stats[kF][2];
-#pragma unroll
-  for (int i = 0; i < kF; i++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int m = row(i, half);
-      stats[i][half] = {INFINITY, 0.f};  // P = 0
-      if (m < w.count) stats[i][half] = reinterpret_cast<const float2*>(a.stats)[lse_at(a, s, w.first + m, w.head)];
-    }
+  __shared__ float2 stats[Shape::kM];
+  for (int m = static_cast<int>(threadIdx.x); m < Shape::kM; m += Shape::kThreads) {
+    stats[m] = {INFINITY, 0.f};  // P = 0
+    if (m < w.count) stats[m] = reinterpret_cast<const float2*>(a.stats)[lse_at(a, s, w.first + m, w.head)];
+  }
   const float scale = a.scale * kLog2E;
   Fragments<kF, Shape::kD> dq;
   clear(dq);
@@ -104,22 +100,24 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     add_scores<T, Queries, Keys>(p, ptx::fresh(queries + warp_row * Queries::kPitch), key_tile);
     add_scores<T, Queries, Keys>(ds, ptx::fresh(gradients + warp_row * Queries::kPitch), key_tile + Keys::kBytes);
     const auto last = [&](int m) { return min(w.n1 - 1, w.first + m + w.behind) - (w.n1 - left); };
-    const bool masked = last(warp_row) < Shape::kN - 1;
 #pragma unroll
     for (int i = 0; i < kF; i++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int seen = masked ? last(row(i, half)) - lane_column() : Shape::kN;
+      for (int j = 0; j < Shape::kN / 8; j++)
 #pragma unroll
-        for (int j = 0; j < Shape::kN / 8; j++)
+        for (int e = 0; e < 4; e++) p[i][j][e] = ptx::exp2(fmaf(p[i][j][e], scale, -stats[row(i, e / 2)].x));
+    if (last(warp_row) < Shape::kN - 1) {
 #pragma unroll
-          for (int e = 0; e < 2; e++) {
-            float prob = ptx::exp2(fmaf(p[i][j][2 * half + e], scale, -stats[i][half].x));
-            if (8 * j + e > seen) prob = 0.f;
-            float& v = ds[i][j][2 * half + e];
-            v = prob * (v - stats[i][half].y);
-          }
-      }
+      for (int i = 0; i < kF; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) mask(p[i], half, last(row(i, half)), 0.f);
+    }
+#pragma unroll
+    for (int i = 0; i < kF; i++)
+#pragma unroll
+      for (int j = 0; j < Shape::kN / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - stats[row(i, e / 2)].y);
     Operand<kF, Shape::kN> rounded;
     round_rows<T>(rounded, ds);
     add_product<T, Keys>(dq, rounded, key_tile);

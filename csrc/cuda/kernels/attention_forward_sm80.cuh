@@ -82,15 +82,6 @@ template <int kF> struct Softmax {
   }
 };
 
-// -inf for the columns after `last`
-template <int kN8> __device__ __forceinline__ void mask(float (&s)[kN8][4], int half, int last) {
-#pragma unroll
-  for (int j = 0; j < kN8; j++)
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-      if (8 * j + e > last - lane_column()) s[j][2 * half + e] = -INFINITY;
-}
-
 // Row m of a block's sequence: a query, or with kSplit a query and one of the heads that share a key/value head.
 template <bool kSplit> struct QueryRows {
   int group, head0;
@@ -196,7 +187,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
 #pragma unroll
       for (int i = 0; i < kF; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) mask(p[i], half, last(row(i, half)));
+        for (int half = 0; half < 2; half++) mask(p[i], half, last(row(i, half)), -INFINITY);
     }
     softmax.update(p, o, scale);
     Operand<kF, Shape::kN> rounded;

@@ -214,6 +214,15 @@ template <int kF, int kN8> __device__ __forceinline__ void clear(float (&c)[kF][
       for (int e = 0; e < 4; e++) c[i][j][e] = 0.f;
 }
 
+// Sets the columns after `last` to `to`.
+template <int kN8> __device__ __forceinline__ void mask(float (&s)[kN8][4], int half, int last, float to) {
+#pragma unroll
+  for (int j = 0; j < kN8; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      if (8 * j + e > last - lane_column()) s[j][2 * half + e] = to;
+}
+
 // Stores factor(i, half) * rows; to(i, half) is where row 16 i + 8 half + lane_row() goes, null: nowhere.
 template <int kF, int kD8, class To, class Factor>
 __device__ __forceinline__ void store_rows(const float (&c)[kF][kD8][4], int D, To to, Factor factor) {
