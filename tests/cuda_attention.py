@@ -144,9 +144,7 @@ def results(memory: Memory, case: Case, x: Inputs) -> tuple[Tensor, Tensor]:
     return memory.result(*x.q.shape, dtype=x.q.dtype).fill_(torch.nan), lse.fill_(torch.nan)
 
 
-def backward(
-    library: emulated.Library, case: Case, x: Inputs, made: Outputs, seed: int = 0, cu: Any = None
-) -> Outputs:
+def backward(library: emulated.Library, case: Case, x: Inputs, made: Outputs, seed: int = 0, cu: Any = None) -> Outputs:
     memory, words = call(library, case, x, seed, cu)
     stats = memory.result(made.lse.numel(), 2, dtype=torch.float32).fill_(torch.nan)
     dq, dk, dv = (memory.result(*t.shape, dtype=t.dtype).fill_(torch.nan) for t in (x.q, x.k, x.v))
@@ -165,7 +163,8 @@ def assert_accurate(got: Outputs, case: Case, x: Inputs) -> None:
     assert torch.equal(got.lse == -torch.inf, nothing), "rows without a key"
     finite = [o.lse.masked_fill(nothing, 0) for o in (got, want, eager)]
     testing.assert_accurate(*finite, name="lse")
-    for name in ("out", "dq", "dk", "dv"):
+    for name, pool in (("out", 1), ("dq", 64), ("dk", 1), ("dv", 1)):
         ours = getattr(got, name)
         if ours is not None:
-            testing.assert_accurate(ours, getattr(want, name), getattr(eager, name), name=name)
+            # sum(dout * out) takes the rounding of out into all of dq: much where a query sees few keys, judged together
+            testing.assert_accurate(ours, getattr(want, name), getattr(eager, name), name=name, pool=pool)

@@ -22,14 +22,12 @@ template <int D> using ForwardShape = AttentionShape<D, 128, 64, 4, 3, 2, (128 +
 // Bound by reading keys, not by products: 64 rows hold 8 queries of 8 heads.
 template <int D> using DecodeShape = AttentionShape<D, 64, 64, 4, 3, 2, (64 + 3 * 64) * head_bytes(D), true>;
 
-// Queries and their gradients' sums against pairs of keys and values. 32 keys at a time where 64 would not leave
-// registers for the sums.
+// Queries and their gradients' sums against pairs of keys and values, 32 at a time: with 64 the two products of scores
+// would take 128 registers beside the sums.
 template <int D>
-using QueryGradShape = AttentionShape<D, 128, D == 64 ? 64 : 32, 4, 2, D == 64 ? 2 : 1,
-                                      (2 * 128 + 4 * (D == 64 ? 64 : 32)) * head_bytes(D)>;
-// Keys, values and two sums against pairs of queries and output gradients, whose lse and delta lie beside them. 32 keys
-// a warp where their two sums fit into its registers, otherwise 16.
+using QueryGradShape = AttentionShape<D, 128, 32, 4, 2, D == 64 ? 2 : 1, (2 * 128 + 4 * 32) * head_bytes(D)>;
+// Keys, values and two sums against pairs of queries and output gradients, whose lse and delta lie beside them. 16 keys a
+// warp: the sums of 32 take 256 registers where D is 128, and with 64 they leave too few for the rest.
 template <int D>
-using KeyGradShape =
-    AttentionShape<D, 128, 32, D == 64 ? 4 : 8, 2, D == 64 ? 2 : 1, (2 * 128 + 4 * 32) * head_bytes(D) + 2 * 32 * 8>;
+using KeyGradShape = AttentionShape<D, 128, 32, 8, 2, 1, (2 * 128 + 4 * 32) * head_bytes(D) + 2 * 32 * 8>;
 }  // namespace sail::cuda::sm80
