@@ -4,6 +4,8 @@
 #   make bench      the benchmarks: table, verdict, benchmarks/results/                 (ARGS="-k bf16")
 #   make lint       ruff, mypy, clang-format      make format   apply ruff and clang-format
 #   make sanitize   the CPU kernels under AddressSanitizer and UBSan, over the edge cases
+#   make gpu-check  on a machine with an NVIDIA card, no network: tests, sanitizers, benchmarks  (ARGS="--no-bench")
+#   make gpu-bundle what such a machine needs, in one folder
 #   make build      the libraries and what the jobs need, nothing run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -12,7 +14,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constr
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 INSTALL_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench lint format sanitize build clean
+.PHONY: demo test bench lint format sanitize gpu-check gpu-bundle build clean
 
 demo: $(VENV)/.demo
 	$(PY) -m training.demo $(ARGS)
@@ -36,6 +38,12 @@ format: $(VENV)/.dev
 
 sanitize: $(VENV)/.dev
 	VENV=$(VENV) tests/sanitize.sh $(ARGS)
+
+gpu-check:  # with the python that has a CUDA build of torch: make gpu-check PYTHON=...
+	$(PYTHON) tests/gpu/check.py $(ARGS)
+
+gpu-bundle: $(VENV)/.dev
+	PYTHON=$(PY) tests/gpu/bundle.sh
 
 build: $(VENV)/.dev
 

@@ -24,6 +24,8 @@ class Sizes:
 
 SIZES = {
     "full": Sizes(D=2048, F=768, E=128, K=8),  # Qwen3-30B-A3B, the language model of SAIL-VL2-MoE
+    "fine": Sizes(D=2048, F=512, E=512, K=10),  # Qwen3-Next-80B-A3B: many narrow experts
+    "coarse": Sizes(D=4096, F=14336, E=8, K=2),  # Mixtral 8x7B: few wide ones
     "tiny": Sizes(D=64, F=32, E=16, K=4),  # runs every line of the benchmarks in seconds; its timings mean nothing
 }
 
@@ -31,8 +33,8 @@ SIZES = {
 def size_name() -> str:
     """`SAIL_BENCH_SIZE`, "full" unless set."""
     name = os.environ.get("SAIL_BENCH_SIZE", "full")
-    if name not in SIZES:
-        raise ValueError(f"SAIL_BENCH_SIZE: got {name!r}, want one of {sorted(SIZES)}")
+    if name not in ("full", "tiny"):
+        raise ValueError(f"SAIL_BENCH_SIZE: got {name!r}, want full or tiny")
     return name
 
 
@@ -51,11 +53,13 @@ class MoeCase:
     mode: str
     gradients: str | None = None
     size: str = "full"
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
         """As in `pytest -k`."""
-        parts = (self.dtype, self.routing, f"T{self.T}", self.mode, self.gradients)
+        size = self.size if self.device == "cuda" else None
+        parts = (self.dtype, self.routing, size, f"T{self.T}", self.mode, self.gradients)
         return "-".join(part for part in parts if part)
 
     @property
@@ -102,6 +106,21 @@ def moe_cases() -> list[MoeCase]:
                 for T in (128, 512)
             ),
         ]
+    ]
+
+
+def cuda_cases() -> list[MoeCase]:
+    """Every row of bench_moe_cuda.py; all rows of a size share one set of weights. dW is a new tensor each step, whose
+    memory torch's allocator keeps."""
+    shapes = {"full": (1024, 4096, 8192, 32768), "fine": (32768,), "coarse": (8192,)}
+    if size_name() == "tiny":
+        shapes = {"tiny": (64,)}
+    return [
+        MoeCase("bf16", routing, T, mode, "fresh" if mode == "train" else None, size, "cuda")
+        for size, tokens in shapes.items()
+        for T in tokens
+        for routing in ("uniform", "zipf")
+        for mode in ("forward", "train")
     ]
 
 

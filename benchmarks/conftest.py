@@ -20,6 +20,7 @@ from sail_ops import _library
 
 LIMITS = pytest.StashKey[Limits]()
 PARTIAL = pytest.StashKey[bool]()
+ON_CARD = pytest.StashKey[bool]()  # a run names the files of one kind of device: their results go to its folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +33,12 @@ def threads() -> None:
 @pytest.fixture(scope="session")
 def limits(pytestconfig: pytest.Config) -> Limits:
     pytestconfig.stash[LIMITS] = machine_limits.measure(size_name())
+    return pytestconfig.stash[LIMITS]
+
+
+@pytest.fixture(scope="session")
+def cuda_limits(pytestconfig: pytest.Config) -> Limits:
+    pytestconfig.stash[LIMITS] = machine_limits.measure_cuda()
     return pytestconfig.stash[LIMITS]
 
 
@@ -51,6 +58,7 @@ def memory_worker() -> Iterator[Worker]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[PARTIAL] = size_name() != "full" or any("::" in argument for argument in config.args)
+    config.stash[ON_CARD] = any("_cuda" in argument for argument in config.args)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -96,7 +104,7 @@ def keep(results: dict[str, Any]) -> list[Path]:
         )  # vars: a MoeCase among the parameters
         path.write_text(text + "\n")
         written.append(path)
-        if family == "moe":
+        if family == "moe" and "card" not in results["machine_info"]:  # the chart's panels are a CPU's limits
             written.append(report.chart({**results, "benchmarks": rows}, path.with_suffix(".png")))
     return written
 
@@ -117,3 +125,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "sail-ops")},
         "limits": config.stash[LIMITS].as_dict() if LIMITS in config.stash else None,
     }
+    if config.stash[ON_CARD] and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        machine_info |= {
+            "device": "cuda-" + re.sub(r"\W+", "-", card.name.lower()),
+            "card": {"name": card.name, "capability": f"{card.major}.{card.minor}", "bytes": card.total_memory},
+            "cuda": torch.version.cuda,
+        }

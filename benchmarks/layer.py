@@ -12,13 +12,13 @@ POOL = 16  # routings that steps take in turn: at T = 1, K = 8 they cover all 12
 
 
 @lru_cache(maxsize=1)  # the rows of one dtype share them; a second set would not fit beside them in fp32
-def layer_weights(dtype: str, size: str) -> tuple[Tensor, Tensor]:
+def layer_weights(dtype: str, size: str, device: str) -> tuple[Tensor, Tensor]:
     """(gate_up [E, 2F, D], down [E, D, F]): windows of one random vector, as 600 M random numbers take seconds."""
     s, generator = SIZES[size], torch.Generator().manual_seed(1)
-    noise = torch.randn(2 * s.F * s.D + 64 * s.E, generator=generator)
+    noise = torch.randn(2 * s.F * s.D + 64 * s.E, generator=generator).to(device)
 
     def windows(rows: int, cols: int) -> Tensor:
-        out = torch.empty(s.E, rows, cols, dtype=DTYPES[dtype])
+        out = torch.empty(s.E, rows, cols, dtype=DTYPES[dtype], device=device)
         for e in range(s.E):
             out[e] = noise[64 * e : 64 * e + rows * cols].view(rows, cols) * cols**-0.5
         return out
@@ -33,13 +33,13 @@ class Layer:
         self.case, dtype, s = case, DTYPES[case.dtype], case.sizes
         generator = torch.Generator().manual_seed(2)
         train = case.mode == "train"
-        gate_up, down = layer_weights(case.dtype, case.size)
+        gate_up, down = layer_weights(case.dtype, case.size, case.device)
         self.weights = (torch.nn.Parameter(gate_up, requires_grad=train), torch.nn.Parameter(down, requires_grad=train))
-        self.x_TD = torch.randn(case.T, s.D, generator=generator).to(dtype).requires_grad_(train)
-        self.grad_TD = torch.randn(case.T, s.D, generator=generator).to(dtype)
-        self.ids = draw_routings(case, POOL if case.T <= 16 else 1)
+        self.x_TD = torch.randn(case.T, s.D, generator=generator).to(case.device, dtype).requires_grad_(train)
+        self.grad_TD = torch.randn(case.T, s.D, generator=generator).to(case.device, dtype)
+        self.ids = [ids.to(case.device) for ids in draw_routings(case, POOL if case.T <= 16 else 1)]
         routing_TK = torch.rand(case.T, s.K, generator=generator).softmax(-1)
-        self.routing_TK = routing_TK.to(dtype).requires_grad_(train)
+        self.routing_TK = routing_TK.to(case.device, dtype).requires_grad_(train)
         self.hit = sum(ids.unique().numel() for ids in self.ids) / len(self.ids)
         self.layers: dict[str, peers.Experts] = {}
         self.buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}

@@ -1,10 +1,12 @@
 """What the machine can do, measured in the same run: dense matrix products and memory bandwidth."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
 from benchmarks.cases import DTYPES
+from benchmarks.events import Events
 from benchmarks.harness import best_of
 
 
@@ -43,6 +45,20 @@ def measure(size: str) -> Limits:
     shapes = [(64, 64, 64)] if tiny else [(2048, 2048, 2048), (4096, 2048, 1536), (4096, 4096, 4096)]
     dense = {name: max(dense_gflops(dtype, *shape, repeats) for shape in shapes) for name, dtype in DTYPES.items()}
     return Limits(dense, gb / read, gb / write, 2 * gb / copy)
+
+
+def measure_cuda() -> Limits:
+    """The same on a card: by CUDA events, the second-level cache overwritten before each repeat."""
+    events = Events()
+    source, target = (torch.ones(2**28, device="cuda") for _ in range(2))
+    gb = source.nbytes / 1e9
+    read, write = events.best_of(source.sum), events.best_of(target.zero_)
+    copy = events.best_of(lambda: target.copy_(source))
+    dense = 0.0
+    for m, k, n in [(8192, 8192, 8192), (16384, 4096, 8192), (32768, 2048, 6144)]:
+        a, b = (torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n))
+        dense = max(dense, 2 * m * k * n / events.best_of(partial(torch.mm, a, b.t())) / 1e9)
+    return Limits({"bf16": dense}, gb / read, gb / write, 2 * gb / copy)
 
 
 def dense_gflops(dtype: torch.dtype, m: int, k: int, n: int, repeats: int) -> float:

@@ -15,6 +15,9 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], ids [T, K], we
 # sail, sail_recompute, sail_fp32_grads  fused_experts: as it comes, with recompute, with main_grads in fp32
 # sail_overwrite                         with main_grads overwritten, as in a step's first micro-batch
 # grouped_mm                             transformers' default implementation
+# grouped_mm_compiled                    the same through torch.compile
+# liger                                  liger-kernel's fused expert layer, in Triton
+# sonicmoe                               SonicMoE, where it installs (it pins an older torch)
 # stock_eager                            transformers' eager loop
 # eager_unbind                           the same loop on W.unbind(0)
 
@@ -25,6 +28,12 @@ def build(
     """The expert layer `name` over two weights; `main_grads` is for ours, the others accumulate in `.grad`."""
     if name == "eager_unbind":
         return lambda x, ids, weights: eager_unbind(x, gate_up_E2FD, down_EDF, ids, weights)
+    if name == "grouped_mm_compiled":
+        return torch.compile(transformers_experts("grouped_mm", gate_up_E2FD, down_EDF))
+    if name == "liger":
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        return lambda x, ids, weights: LigerFusedMoEFunction.apply(x, gate_up_E2FD, down_EDF, ids.int(), weights)
     if name in ("grouped_mm", "stock_eager"):
         return transformers_experts("eager" if name == "stock_eager" else name, gate_up_E2FD, down_EDF)
     return lambda x, ids, weights: sail_ops.fused_experts(

@@ -168,7 +168,8 @@ def run(fn: Callable[..., Any], *args: Any, upstream: list[Tensor | None] | None
     outputs = [o for o in pytree.tree_leaves(fn(*args, **kwargs)) if isinstance(o, Tensor)]
     if upstream is None:
         upstream = [
-            random(*o.shape, dtype=o.dtype, seed=1 + i) if o.requires_grad else None for i, o in enumerate(outputs)
+            random(*o.shape, dtype=o.dtype, seed=1 + i).to(o.device) if o.requires_grad else None
+            for i, o in enumerate(outputs)
         ]
     inputs = {
         kind + pytree.keystr(path): leaf

@@ -1,13 +1,59 @@
-"""Fixtures of every test: one run per CPU instruction set of this machine."""
+"""Fixtures of every test. SAIL_TEST_DEVICE says what runs the operators:
+cpu (default): one run per CPU instruction set of this machine;  emulated: the CUDA sources on the emulator
+(emulated_library.py);  cuda: the CUDA library, tensors being made on the device."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
+from functools import partial
 
 import pytest
+import torch
 
 from sail_ops import testing
 
+DEVICE = os.environ.get("SAIL_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    os.environ["SAIL_OPS_CHECK"] = "1"  # bad values raise as on the CPU
+if DEVICE == "cuda":  # for every tensor and random number of the tests, those made at import too
+    torch.set_default_device("cuda")
+    torch.Generator = partial(torch.Generator, device="cuda")  # type: ignore[misc, assignment]
+# what the CUDA kernels refuse, naming it
+NOT_ON_CUDA = ("got float32, expected bfloat16 or float16 on a CUDA device", "got rows of uneven distance")
 
-@pytest.fixture(params=testing.cpu_isas())
+
+@pytest.fixture(params=testing.cpu_isas() if DEVICE == "cpu" else [DEVICE])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if DEVICE != "cpu":
+        yield request.param
+        return
     with testing.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    if DEVICE == "emulated":
+        from emulated_library import emulated
+
+        with emulated():
+            yield
+    else:
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """The CUDA kernels take less than the CPU's, and say so: such a case is a skipped one."""
+    try:
+        return (yield)
+    except Exception as error:
+        for refused in NOT_ON_CUDA:
+            if DEVICE != "cpu" and refused in str(error):
+                pytest.skip(refused)
+        raise
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if DEVICE != "cpu" and item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip("of the CPU's implementation alone"))

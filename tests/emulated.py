@@ -21,18 +21,19 @@ class EmulationError(AssertionError):
     """What a launch ended with: a deadlock, a diverged warp, an address out of bounds."""
 
 
-def compile(source: Path, folder: Path, mutate: Callable[[Path], None] | None = None) -> "Library":
+def compile(source: Path, folder: Path, *defines: str, mutate: Callable[[Path], None] | None = None) -> "Library":
     """The library of a C++ file over the kernels, or over a copy of them that `mutate` changed."""
     kernels = KERNELS
     if mutate is not None:
         kernels = folder / "kernels"
-        shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("sass"))
+        shutil.copytree(KERNELS, kernels)
         mutate(kernels)
     out = folder / f"{source.stem}.so"
     flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w", "-DSAIL_EMULATE_CUDA"]
     # no TLS wrapper: __shared__ is thread_local, and what `extern __shared__` names needs no constructor
     flags += ["-fno-extern-tls-init", "-fPIC", "-shared"]
     includes = [f"-I{EMULATION}", f"-I{kernels}"]
+    flags += [f"-D{d}" for d in defines]
     subprocess.run(["g++", *flags, *includes, "-x", "c++", str(source), "-o", str(out)], check=True)
     return Library(out)
 

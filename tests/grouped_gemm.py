@@ -7,11 +7,11 @@ functions are those of tests/cuda_emulation/grouped_gemm_sm80.cpp. R rows, E exp
 import math
 from typing import Any, NamedTuple
 
+import emulated
 import torch
 from torch import Tensor
 
 from sail_ops import reference, testing
-from tests import emulated
 
 PAD = 64
 DTYPES = (torch.bfloat16, torch.float16)
@@ -39,6 +39,7 @@ class Problem(NamedTuple):
     tail: int = 0  # rows past the last expert's
     shift: int = 0  # elements by which operands miss the alignment
     pitch: int = 0  # elements between a row's end and the next
+    expert_stride: int = 0  # elements between the experts' weights; 0: none are between
 
     @property
     def E(self) -> int:
@@ -64,6 +65,7 @@ PROBLEMS = {
     "gathered": Problem((5, 130, 0, 30), 72, 96, gather=True),
     "tail_rows": Problem((20, 3), 80, 32, tail=140),
     "pitch": Problem((33, 9), 72, 48, pitch=8),
+    "narrow": Problem((30, 12), 40, 20, pitch=4),
     "odd": Problem((9, 0, 70), 77, 45, gather=True),
     "shifted": Problem((40, 11), 64, 64, shift=1),
     "tiny": Problem((1, 2), 3, 1),
@@ -121,7 +123,15 @@ def weights(memory: Memory, p: Problem, dtype: torch.dtype, layout: str, halves:
     """B in memory as `layout` has it, and as [E, N, K] (halves: [E, 2 N, K])."""
     N = 2 * p.N if halves else p.N
     value = testing.random(p.E, N, p.K, dtype=dtype, scale=p.K**-0.5, seed=1)
-    return memory.operand(value if layout == "nk" else value.mT.contiguous(), p.shift, p.pitch), value
+    held = memory.operand(value if layout == "nk" else value.mT.contiguous(), p.shift, p.pitch)
+    return _apart(held, p.expert_stride) if p.expert_stride else held, value
+
+
+def _apart(t: Tensor, stride: int) -> Tensor:
+    """The same experts `stride` elements from each other; what lies between is never touched, so it takes no memory."""
+    width = t.shape[1] * t.shape[2]
+    out = torch.empty((t.shape[0] - 1) * stride + width, dtype=t.dtype).as_strided(t.shape, (stride, t.shape[2], 1))
+    return out.copy_(t)
 
 
 class RowsCall(NamedTuple):
@@ -312,8 +322,9 @@ def wgrad(
     shape = (2, p.E, p.N, p.K)
     before = testing.random(*shape, seed=7).to(kind)
     out = memory.result(*shape, dtype=kind, value=before if accumulate else None)
-    strides = [p.N * p.K, p.K, split, int(fp32), int(accumulate)]
-    second = out[1] if two_parts else None
+    parts = [_apart(part, p.expert_stride) if p.expert_stride else part for part in out]
+    strides = [parts[0].stride(0), p.K, split, int(fp32), int(accumulate)]
+    second = parts[1] if two_parts else None
     sizes = [p.R, p.E, p.N, p.K]
     library(
         "wgrad",
@@ -325,13 +336,13 @@ def wgrad(
         p.offsets(),
         [held_a.stride(0), held_b.stride(0)],
         sizes,
-        out[0],
+        parts[0],
         second,
         strides,
     )
     memory.check()
 
-    joined = torch.cat([out[0, :, :split], out[1, :, : p.N - split]], 1)
+    joined = torch.cat([parts[0][:, :split], parts[1][:, : p.N - split]], 1)
     old = torch.cat([before[0, :, :split], before[1, :, : p.N - split]], 1)
 
     def eager(x: Tensor, y: Tensor, like: torch.dtype) -> Tensor:

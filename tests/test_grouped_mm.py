@@ -184,6 +184,7 @@ def test_mm_repeats_to_the_bit(isa: str) -> None:
     testing.check_repeatable(sail_ops.grouped_mm, *matrices(torch.bfloat16), ENDS["tail"])
 
 
+@pytest.mark.cpu_only
 def test_mm_under_autocast() -> None:
     x, w = matrices(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -189,6 +189,7 @@ def test_recompute_gives_the_same_bits(isa: str, dtype: torch.dtype, F: int) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only
 def test_weights_of_more_than_2_31_elements() -> None:
     """Only the last expert's pages are ever touched: 26 GB of addresses, a few MB of memory."""
     E, D, F = 2**18 + 1, 128, 64

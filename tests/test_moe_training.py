@@ -140,6 +140,7 @@ def test_main_grads_are_overwritten_on_demand(isa: str, main_dtype: torch.dtype)
 # ---- autocast, checkpointing, tracing
 
 
+@pytest.mark.cpu_only
 def test_autocast_gives_gradients_in_the_parameters_dtype() -> None:
     args, bias = layer(CASE), biases(CASE, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

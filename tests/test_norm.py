@@ -183,6 +183,7 @@ def test_reference_gradients() -> None:
     assert torch.autograd.gradcheck(reference.add_rms_norm, (x, residual, weight))
 
 
+@pytest.mark.cpu_only
 def test_autocast_casts_the_weight_and_promotes_the_residual() -> None:
     x, residual, weight = testing.random(4, 64, dtype=torch.bfloat16), testing.random(4, 64), torch.ones(64)
     weight.requires_grad_()

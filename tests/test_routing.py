@@ -204,6 +204,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.cpu_only
 def test_two_ranks_give_the_loss_and_gradient_of_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     weight = testing.random(16, 8, seed=9).requires_grad_()

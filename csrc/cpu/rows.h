@@ -8,12 +8,9 @@ inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 class Rows {
  public:
   Rows(const Check& c, const char* arg, const Tensor& t) {
-    c.that(t.dim() >= 1 && t.dim() <= kMaxDim, arg, "shape " + shape_text(t), "1 to 8 dimensions, [..., D]");
+    c.rows(arg, t);
     width_ = t.size(-1);
-    c.positive(arg, "D", width_);
     count_ = t.numel() / width_;
-    c.that(width_ == 1 || t.stride(-1) == 1 || !count_, arg, "stride " + std::to_string(t.stride(-1)),
-           "contiguous rows (a last dimension of stride 1)");
     const int64_t element = element_size(c.real(arg, t));
     base_ = t.ptr<char>();
     for (int64_t i = 0; i + 1 < t.dim(); i++) {

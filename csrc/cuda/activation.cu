@@ -16,8 +16,7 @@ void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& 
 
 DType check_gate(const Check& c, const Tensor& gate) {
   const DType dtype = c.real("gate", gate);
-  c.that(gate.dim() >= 1, "gate", "shape []", "1 to 8 dimensions, [..., D]");
-  c.positive("gate", "D", gate.size(-1));
+  c.rows("gate", gate);
   return dtype;
 }
 

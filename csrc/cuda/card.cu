@@ -19,6 +19,11 @@ std::string arch_list() {
   return text;
 }
 
+bool kernels_wanted(const char* which) {
+  const char* kernels = getenv("SAIL_OPS_CUDA_KERNELS");
+  return kernels && !strcmp(kernels, which);
+}
+
 [[noreturn]] void fail_unsupported(const Check& c, int device, int major, int minor) {
   cudaDeviceProp properties = {};
   cudaGetDeviceProperties(&properties, device);
@@ -43,11 +48,13 @@ Card card_of(const Check& c, const Tensor& t) {
 }
 
 bool prefers_sm90(const Card& card) {
-  static const bool forced = [] {
-    const char* kernels = getenv("SAIL_OPS_CUDA_KERNELS");
-    return kernels && !strcmp(kernels, "sm80");
-  }();
+  static const bool forced = kernels_wanted("sm80");
   return card.major == 9 && card.minor == 0 && !forced;
+}
+
+bool prefers_cutlass(const Card& card) {
+  static const bool wanted = kernels_wanted("cutlass");
+  return card.major == 9 && card.minor == 0 && wanted;
 }
 }  // namespace sail::cuda
 

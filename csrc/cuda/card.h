@@ -30,6 +30,7 @@ constexpr bool has_code(const char* archs, int major, int minor) {
 // The grouped GEMM for this card: wgmma and TMA on compute capability 9.0 where the problem's alignment allows, otherwise
 // mma.sync and cp.async. SAIL_OPS_CUDA_KERNELS=sm80 takes the latter everywhere, to compare the two.
 bool prefers_sm90(const Card& card);
+bool prefers_cutlass(const Card& card);  // grouped_mm alone, SAIL_OPS_CUDA_KERNELS=cutlass
 template <class Problem, class Output>
 void grouped_gemm(const Card& card, const Problem& p, const Output& out, const Launch& launch) {
 #ifdef SAIL_CUDA_SM90

@@ -1,15 +1,10 @@
 // Bare grouped GEMM on CUDA: y[r] = x[r] @ w[e] for the rows of expert e. A weight [E, k, n] may be contiguous along n or,
 // as the transposed view of an [E, n, k] parameter, along k; neither is copied.
+#include "cutlass/grouped_mm.h"
 #include "moe.h"
 
 namespace sail::cuda {
 namespace {
-MatrixProblem check_half(const Check& c, const Tensor& x, const Tensor& w, const Tensor& offsets) {
-  const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
-  c.that(p.dtype != DType::f32, "x", "float32", "bfloat16 or float16 on a CUDA device");
-  return p;
-}
-
 // out[r] = a[r] . B, B = w's expert read as [k, n] (`transposed` false) or as [n, k]
 void multiply(const Call& call, const MatrixProblem& p, const Tensor& w, const Rows& a, bool transposed,
               const int32_t* offsets, const Tensor& out) {
@@ -26,12 +21,20 @@ void multiply(const Call& call, const MatrixProblem& p, const Tensor& w, const R
                                columns,
                                depth,
                                true};
-  grouped_gemm(call.card, problem, StoreRows{out.data(), columns, nullptr, nullptr}, call.launch(p.dtype));
+  const StoreRows to = {out.data(), columns, nullptr, nullptr};
+#ifdef SAIL_CUDA_CUTLASS
+  if (prefers_cutlass(call.card) && cutlass_takes(problem, to)) {
+    const Tensor memory = call.floats((cutlass_workspace(problem, call.launch(p.dtype)) + 3) / 4);
+    if (cutlass_grouped_gemm(problem, to, call.launch(p.dtype), memory.data())) return;
+    throw std::runtime_error("sail_ops.grouped_mm: CUTLASS refused a problem that it should take");
+  }
+#endif
+  grouped_gemm(call.card, problem, to, call.launch(p.dtype));
 }
 
 Tensor grouped_mm_cuda(const Tensor& x, const Tensor& w, const Tensor& offsets) {
   const Check c("grouped_mm");
-  const MatrixProblem p = check_half(c, x, w, offsets);
+  const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
   const DeviceGuard guard(x.device_index());
   const Call call(c, x);
   const Tensor starts = clamped_offsets(call, offsets, p.R, p.E);
@@ -44,7 +47,7 @@ Tensor grouped_mm_cuda(const Tensor& x, const Tensor& w, const Tensor& offsets) 
 std::tuple<Tensor, Tensor> grouped_mm_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& w,
                                                     const Tensor& offsets, bool need_x, bool need_w) {
   const Check c("grouped_mm_backward");
-  const MatrixProblem p = check_half(c, x, w, offsets);
+  const MatrixProblem p = check_grouped_mm(c, x, w, offsets);
   c.dtype("dy", dy, x.dtype());
   c.shape("dy", dy, {p.R, p.n});
   c.contiguous("dy", dy);

@@ -49,9 +49,9 @@ template <class F> void dispatch(DType dtype, bool vectors, F f) {
 
 // Elements between the rows of [..., D]: the last dimension is contiguous, the others are walked by one stride.
 inline int64_t row_stride(const Check& c, const char* arg, const Tensor& t) {
-  const int64_t D = t.size(-1);
+  c.rows(arg, t);
   int64_t stride = 0, rows = 1;
-  bool even = D == 1 || t.stride(-1) == 1;
+  bool even = true;
   for (int64_t i = t.dim() - 2; i >= 0; i--) {
     if (t.size(i) == 1) continue;
     if (rows == 1) stride = t.stride(i);

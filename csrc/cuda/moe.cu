@@ -3,12 +3,6 @@
 
 namespace sail::cuda {
 namespace {
-ExpertLayer check_half_layer(const Check& c, const Tensor& x, const ExpertWeights& w) {
-  const ExpertLayer l = check_layer(c, x, w);
-  c.that(l.dtype != DType::f32, "x", "float32", "bfloat16 or float16 on a CUDA device");
-  return l;
-}
-
 std::tuple<Tensor, Tensor> forward(const Call& call, const ExpertLayer& l, const RowMap& rows, bool save_h) {
   const Tensor& x = call.like;
   Tensor y = x.empty({l.T, l.D}, x.dtype()), h = call.buffer(save_h ? rows.R : 0, 2 * l.F);
@@ -22,7 +16,7 @@ std::tuple<Tensor, Tensor> fused_experts_cuda(const Tensor& x, const Tensor& gat
                                               const OptTensor& gate_up_bias, const OptTensor& down_bias,
                                               int64_t activation, const std::optional<double>& clamp, bool save_h) {
   const Check c("fused_experts");
-  const ExpertLayer l = check_half_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
+  const ExpertLayer l = check_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
   check_routing(c, ids, weights, x);
   const DeviceGuard guard(x.device_index());
   const Call call(c, x);
@@ -34,7 +28,7 @@ std::tuple<Tensor, Tensor> grouped_experts_cuda(const Tensor& x, const Tensor& g
                                                 const OptTensor& gate_up_bias, const OptTensor& down_bias,
                                                 int64_t activation, const std::optional<double>& clamp, bool save_h) {
   const Check c("grouped_experts");
-  const ExpertLayer l = check_half_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
+  const ExpertLayer l = check_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
   check_sorted(c, offsets, weights, x, l.E);
   const DeviceGuard guard(x.device_index());
   const Call call(c, x);
@@ -67,7 +61,7 @@ Grads fused_experts_backward_cuda(const Tensor& dy, const Tensor& x, const Tenso
                                   const OptTensor& main_up, const OptTensor& main_down) {
   const Check c("fused_experts_backward");
   const ExpertWeights w{gate_up, up, gate_up_bias, down_bias, down, activation, clamp};
-  const ExpertLayer l = check_half_layer(c, x, w);
+  const ExpertLayer l = check_layer(c, x, w);
   check_routing(c, ids, weights, x);
   const DeviceGuard guard(x.device_index());
   const Call call(c, x);
@@ -82,7 +76,7 @@ Grads grouped_experts_backward_cuda(const Tensor& dy, const Tensor& x, const Ten
                                     const OptTensor& main_down) {
   const Check c("grouped_experts_backward");
   const ExpertWeights w{gate_up, up, gate_up_bias, down_bias, down, activation, clamp};
-  const ExpertLayer l = check_half_layer(c, x, w);
+  const ExpertLayer l = check_layer(c, x, w);
   check_sorted(c, offsets, weights, x, l.E);
   const DeviceGuard guard(x.device_index());
   const Call call(c, x);

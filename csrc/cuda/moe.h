@@ -13,7 +13,10 @@ struct Call {
   Card card;
   cudaStream_t stream;
 
-  Call(const Check& check, const Tensor& x) : c(check), like(x), card(card_of(check, x)), stream(current_stream(x)) {}
+  // The last check: whatever else is wrong with a call is said first.
+  Call(const Check& check, const Tensor& x) : c(check), like(x), card(card_of(check, x)), stream(current_stream(x)) {
+    c.that(c.real("x", x) != DType::f32, "x", "float32", "bfloat16 or float16 on a CUDA device");
+  }
   Launch launch(DType dtype) const {
     return {dtype == DType::bf16 ? Element::bf16 : Element::f16, card.sm_count, card.shared_limit, stream};
   }

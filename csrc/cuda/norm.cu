@@ -19,8 +19,7 @@ void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& 
 // [..., D] and [D]; returns the dtype
 DType check_x_weight(const Check& c, const Tensor& x, const Tensor& weight) {
   const DType dtype = c.real("x", x);
-  c.that(x.dim() >= 1, "x", "a scalar", "[..., D]");
-  c.positive("x", "D", x.size(-1));
+  c.rows("x", x);
   c.same_device("weight_D", weight, x);
   c.dtype("weight_D", weight, x.dtype());
   c.shape("weight_D", weight, {x.size(-1)});

@@ -65,6 +65,13 @@ class Check {
   void dtype(const char* arg, const Tensor& t, int32_t want) const {
     if (t.dtype() != want) fail(arg, dtype_name(t.dtype()), dtype_name(want));
   }
+  // [..., D] with contiguous rows
+  void rows(const char* arg, const Tensor& t) const {
+    that(t.dim() >= 1 && t.dim() <= 8, arg, "shape " + shape_text(t), "1 to 8 dimensions, [..., D]");
+    positive(arg, "D", t.size(-1));
+    that(t.size(-1) == 1 || t.stride(-1) == 1 || !t.numel(), arg, "stride " + std::to_string(t.stride(-1)),
+         "contiguous rows (a last dimension of stride 1)");
+  }
   // int32 or int64
   bool is_int64(const char* arg, const Tensor& t) const {
     if (t.dtype() == aoti_torch_dtype_int64()) return true;

@@ -1,4 +1,5 @@
-// The sm_80 grouped GEMM for tests/test_cuda_grouped_gemm.py: its own dispatch, launched on fibers.
+// The sm_80 grouped GEMM for tests/test_cuda_grouped_gemm.py: its own dispatch, launched on fibers. With SAIL_FEW_KERNELS
+// only aligned bf16 in the largest tile shape, for tests that compile often.
 #include "cuda_runtime.h"
 #include "dispatch_sm80.cuh"
 
@@ -20,11 +21,34 @@ struct Start {
   }
 };
 
+#ifdef SAIL_FEW_KERNELS
+using T = __nv_bfloat16;
+void few(const RowsProblem& p, const StoreRows& out, const Start& start) {
+  using Epilogue = StoreRowsEpilogue<T, true>;
+  if (p.layout == Layout::nk) return sm80::start_rows<T, sm80::Large, Layout::nk, true, Epilogue>(p, out, start);
+  sm80::start_rows<T, sm80::Large, Layout::kn, true, Epilogue>(p, out, start);
+}
+void few(const RowsProblem& p, const GatedForward& out, const Start& start) {
+  sm80::start_rows<T, sm80::Large, Layout::nk, true, GatedForwardEpilogue<T, Silu, true>>(p, out, start);
+}
+void few(const RowsProblem& p, const GatedBackward& out, const Start& start) {
+  sm80::start_rows<T, sm80::Large, Layout::kn, true, GatedBackwardEpilogue<T, Silu, true>>(p, out, start);
+}
+void few(const WgradProblem& p, const StoreGrad& out, const Start& start) {
+  const int64_t tiles = p.E * ceil_div(p.M, sm80::Large::kM) * ceil_div(p.N, sm80::Large::kN);
+  start.launch<sm80::Large>(sm80::wgrad_kernel<T, sm80::Large, true>, tiles, p, out);
+}
+#endif
+
 template <class Problem, class Arguments> const char* run(const int64_t* how, const Problem& p, const Arguments& out) {
   const How h = {how[0], how[1], how[2], how[3]};
   return emu::guard([&] {
+#ifdef SAIL_FEW_KERNELS
+    few(p, out, Start{h});
+#else
     if (h.dtype == 0) return sm80::dispatch<__nv_bfloat16>(p, out, Start{h});
     sm80::dispatch<__half>(p, out, Start{h});
+#endif
   });
 }
 

@@ -29,8 +29,12 @@ struct Start {
 template <class Problem, class Arguments> const char* run(const int64_t* how, const Problem& p, const Arguments& out) {
   const How h = {how[0], how[1], how[2], how[3]};
   return emu::guard([&] {
-    const bool started = h.dtype == 0 ? sm90::dispatch<__nv_bfloat16>(p, out, Start{h})
-                                      : sm90::dispatch<__half>(p, out, Start{h});
+#ifdef SAIL_FEW_KERNELS
+    const bool started = sm90::dispatch<__nv_bfloat16>(p, out, Start{h});
+#else
+    const bool started =
+        h.dtype == 0 ? sm90::dispatch<__nv_bfloat16>(p, out, Start{h}) : sm90::dispatch<__half>(p, out, Start{h});
+#endif
     if (!started) throw std::runtime_error("not for TMA");
   });
 }

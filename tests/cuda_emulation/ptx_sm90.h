@@ -10,7 +10,8 @@
 
 #include "ptx.h"
 
-struct alignas(64) CUtensorMap {  // what cuTensorMapEncodeTiled was given; 16-bit elements, 128-byte swizzle, 3 dimensions
+struct alignas(64)
+    CUtensorMap {  // what cuTensorMapEncodeTiled was given; 16-bit elements, 128-byte swizzle, 3 dimensions
   const char* data;
   uint64_t size[3];    // elements
   uint64_t stride[2];  // bytes, of dimensions 1 and 2
@@ -96,18 +97,19 @@ inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 &
 inline void land(const Box& box) {
   const CUtensorMap& m = *box.map;
   for (uint32_t z = 0; z < m.box[2]; z++)
-    for (uint32_t y = 0; y < m.box[1]; y++)
-      for (uint32_t x = 0; x < m.box[0]; x++) {
-        const int64_t at[3] = {box.at[0] + int64_t{x}, box.at[1] + int64_t{y}, box.at[2] + int64_t{z}};
-        const uint32_t to = swizzle_128(box.to + ((z * m.box[1] + y) * m.box[0] + x) * 2);
-        bool inside = true;
-        for (int i = 0; i < 3; i++) inside = inside && at[i] >= 0 && at[i] < static_cast<int64_t>(m.size[i]);
-        const char* from = m.data + at[0] * 2 + at[1] * static_cast<int64_t>(m.stride[0]) +
-                           at[2] * static_cast<int64_t>(m.stride[1]);
-        if (inside) emu::check_global(from, 2, "a tensor copy");
-        if (inside) memcpy(emu::block().shared + to, from, 2);
-        if (!inside) memset(emu::block().shared + to, 0, 2);
+    for (uint32_t y = 0; y < m.box[1]; y++) {
+      const uint64_t at[3] = {static_cast<uint64_t>(box.at[0]), box.at[1] + uint64_t{y}, box.at[2] + uint64_t{z}};
+      const bool inside = at[1] < m.size[1] && at[2] < m.size[2];
+      const char* from = m.data + at[0] * 2 + at[1] * m.stride[0] + at[2] * m.stride[1];
+      for (uint32_t x = 0; x < m.box[0]; x += 8) {  // 16 bytes, which the swizzle keeps together
+        char* to = emu::block().shared + swizzle_128(box.to + ((z * m.box[1] + y) * m.box[0] + x) * 2);
+        const uint64_t left = m.size[0] > at[0] + x ? m.size[0] - at[0] - x : 0;
+        const size_t bytes = inside ? std::min<uint64_t>(left, 8) * 2 : 0;
+        emu::check_global(from + x * 2, bytes, "a tensor copy");
+        memset(to, 0, 16);
+        memcpy(to, from + x * 2, bytes);
       }
+    }
   for (int64_t i = 0; i < box.bytes() / 16; i++) state().chunks[box.to / 16 + i] = {};
 }
 inline void land(const Arrival& arrival) {
@@ -147,8 +149,7 @@ inline void mbarrier_arrive_expect(uint64_t* p, uint32_t bytes) {
 inline void mbarrier_arrive_cp_async(uint64_t* p) {
   MBarrier& b = barrier_at(p);
   Arrival arrival{&emu::self(), {}};
-  for (const auto& group : emu::self().copies)
-    arrival.copies.insert(arrival.copies.end(), group.begin(), group.end());
+  for (const auto& group : emu::self().copies) arrival.copies.insert(arrival.copies.end(), group.begin(), group.end());
   emu::self().copies.assign(1, {});
   b.arrivals.push_back(std::move(arrival));
   if (static_cast<int64_t>(b.arrivals.size()) > b.pending) emu::fail("more arrivals at an mbarrier than its count");
@@ -169,10 +170,10 @@ inline void mbarrier_wait(uint64_t* p, uint32_t parity) {
 inline void fence_proxy_async() { state().proxy_fence[&emu::self()] = state().now++; }
 
 // ---- tensor copies
-inline void prefetch_tensor_map(const CUtensorMap*) {}
 inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y, int32_t z) {
   const Box box{map, {x, y, z}, emu::shared_address(to)};
   if (map->box[0] != 64) emu::fail("a box that is not 128 bytes wide");
+  if (x < 0 || y < 0 || z < 0) emu::fail("a box at negative coordinates is not emulated");
   if (box.to % 1024) emu::fail("a swizzled box at no multiple of 1024");
   if (box.to + box.bytes() > static_cast<int64_t>(emu::block().shared_bytes)) emu::fail("a box past shared memory");
   memset(to, 0xff, static_cast<size_t>(box.bytes()));
@@ -183,7 +184,6 @@ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, i
 
 template <int kRegisters> void take_registers() { static_assert(kRegisters % 8 == 0 && kRegisters <= 256); }
 template <int kRegisters> void give_registers() { static_assert(kRegisters % 8 == 0 && kRegisters >= 24); }
-template <int kBarrier, int kThreads> void named_barrier() { emu::barrier(kBarrier, kThreads); }
 
 // ---- wgmma: element (mn, k) of an operand, by its descriptor. Layouts in units of 16-bit elements, T = 8:
 //   K-major    ((8, m), (T, 2k)) : ((8T, SBO), (1, T))           128-byte swizzle
@@ -194,45 +194,44 @@ inline uint32_t element_address(uint64_t descriptor, bool mn_major, int mn, int 
   if (descriptor >> 49 & 7) emu::fail("a descriptor with a base offset");
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   const uint32_t i = static_cast<uint32_t>(mn), j = static_cast<uint32_t>(k);
-  const uint32_t offset = mn_major ? (i % 64) * 2 + i / 64 * leading + j % 8 * 128 + j / 8 * stride
-                                   : i % 8 * 128 + i / 8 * stride + j * 2;
+  const uint32_t offset =
+      mn_major ? (i % 64) * 2 + i / 64 * leading + j % 8 * 128 + j / 8 * stride : i % 8 * 128 + i / 8 * stride + j * 2;
   const uint32_t address = swizzle_128(start + offset);
-  if (address + 2 > emu::block().shared_bytes) emu::fail("a descriptor past the end of shared memory");
+  if (address + 16 > emu::block().shared_bytes) emu::fail("a descriptor past the end of shared memory");
   return address;
 }
-inline uint16_t element_bits(uint64_t descriptor, bool mn_major, int mn, int k) {
-  uint16_t bits;
-  memcpy(&bits, emu::block().shared + element_address(descriptor, mn_major, mn, k), 2);
-  return bits;
+// Calls f(shared address, i, k) for the 16-byte chunks of rows first .. first + count of M or N and 16 of K: a chunk holds
+// 8 of K, or 8 of M or N.
+template <class F> void for_chunks(uint64_t descriptor, bool mn_major, int first, int count, F f) {
+  for (int i = 0; i < count; i += mn_major ? 8 : 1)
+    for (int k = 0; k < 16; k += mn_major ? 1 : 8) f(element_address(descriptor, mn_major, first + i, k), i, k);
+}
+template <class F> void for_operands(const Call& p, int first_row, F f) {
+  for_chunks(p.a, p.trans_a, first_row, 16, [&](uint32_t at, int i, int k) { f(at, true, i, k); });
+  for_chunks(p.b, p.trans_b, 0, p.columns, [&](uint32_t at, int i, int k) { f(at, false, i, k); });
 }
 
-// Both operands of a warp's share; the sum tells whether they are still what they were.
-struct Operands {
-  uint16_t a[16][16], b[256][16];
-};
-inline uint64_t read_operands(const Product& p, int first_row, Operands& o) {
+// Tells whether the operands are still what they were.
+inline uint64_t checksum(const Call& p, int first_row) {
   uint64_t sum = 14695981039346656037u;
-  for (int k = 0; k < 16; k++) {
-    for (int i = 0; i < 16; i++) sum = (sum ^ (o.a[i][k] = element_bits(p.a, p.trans_a, first_row + i, k))) * 1099511628211u;
-    for (int i = 0; i < p.columns; i++) sum = (sum ^ (o.b[i][k] = element_bits(p.b, p.trans_b, i, k))) * 1099511628211u;
-  }
+  for_operands(p, first_row, [&](uint32_t at, bool, int, int) {
+    uint64_t words[2];
+    memcpy(words, emu::block().shared + at, 16);
+    for (uint64_t w : words) sum = (sum ^ w) * 1099511628211u;
+  });
   return sum;
 }
 
 // Ordinary writes to the operands need a proxy fence, by the writer or by every thread that issues, before they are read.
-inline void check_proxy(const Product& p, int first_row, emu::Fiber** lanes) {
+inline void check_proxy(const Call& p, int first_row, emu::Fiber** lanes) {
   State& s = state();
   uint64_t fenced = ~uint64_t{0};
   for (int l = 0; l < emu::kWarp; l++) fenced = std::min(fenced, s.proxy_fence[lanes[l]]);
-  const auto check = [&](uint64_t descriptor, bool mn_major, int mn, int k) {
-    const Chunk& c = s.chunks[element_address(descriptor, mn_major, mn, k) / 16];
+  for_operands(p, first_row, [&](uint32_t at, bool, int, int) {
+    const Chunk& c = s.chunks[at / 16];
     if (c.when && c.when > fenced && c.when > s.proxy_fence[c.who])
       emu::fail("wgmma reads what ordinary writes left, without fence.proxy.async");
-  };
-  for (int k = 0; k < 16; k++) {
-    for (int i = 0; i < 16; i++) check(p.a, p.trans_a, first_row + i, k);
-    for (int i = 0; i < p.columns; i += 8) check(p.b, p.trans_b, i, k), check(p.b, p.trans_b, i + 7, k);
-  }
+  });
 }
 
 inline void issue(emu::Fiber** lanes) {
@@ -254,8 +253,7 @@ inline void issue(emu::Fiber** lanes) {
       memset(p.lanes[l], 0xff, sizeof(float) * static_cast<size_t>(p.columns / 2));
     }
   }
-  static Operands o;
-  p.sum = read_operands(p, id % 4 * 16, o);
+  p.sum = checksum(p, id % 4 * 16);
   check_proxy(p, id % 4 * 16, lanes);
   w.groups.back().push_back(p);
 }
@@ -267,21 +265,24 @@ inline float element_value(uint16_t bits, bool bf16) {
   return bf16 ? static_cast<float>(b) : static_cast<float>(h);
 }
 inline void finish(Warp& w, int id, const Product& p) {
-  static Operands o;
   static float a[16][16], b[16][256], c[16][256];
-  if (read_operands(p, id % 4 * 16, o) != p.sum) emu::fail("an operand of wgmma changed while it was read");
-  for (int k = 0; k < 16; k++) {
-    for (int i = 0; i < 16; i++) a[i][k] = element_value(o.a[i][k], p.bf16);
-    for (int j = 0; j < p.columns; j++) b[k][j] = element_value(o.b[j][k], p.bf16);
-  }
+  if (checksum(p, id % 4 * 16) != p.sum) emu::fail("an operand of wgmma changed while it was read");
+  for_operands(p, id % 4 * 16, [&](uint32_t at, bool is_a, int i, int k) {
+    uint16_t bits[8];
+    memcpy(bits, emu::block().shared + at, 16);
+    for (int n = 0; n < 8; n++) {
+      const bool along_k = !(is_a ? p.trans_a : p.trans_b);
+      const int mn = i + (along_k ? 0 : n), at_k = k + (along_k ? n : 0);
+      (is_a ? a[mn][at_k] : b[at_k][mn]) = element_value(bits[n], p.bf16);
+    }
+  });
   memset(c, 0, sizeof c);
   for (int i = 0; i < 16; i++)
     for (int k = 0; k < 16; k++)
-      for (int j = 0; j < p.columns; j++) c[i][j] += a[i][k] * b[k][j];
+      for (int j = 0; j < 256; j++) c[i][j] += a[i][k] * b[k][j];
   Accumulator& d = w.accumulators[p.d];
   for (int l = 0; l < emu::kWarp; l++)
-    for (int i = 0; i < p.columns / 2; i++)
-      d.values[l][i] += c[l / 4 + (i & 2) * 4][i / 4 * 8 + l % 4 * 2 + (i & 1)];
+    for (int i = 0; i < p.columns / 2; i++) d.values[l][i] += c[l / 4 + (i & 2) * 4][i / 4 * 8 + l % 4 * 2 + (i & 1)];
   if (--d.in_flight) return;
   for (int l = 0; l < emu::kWarp; l++) memcpy(p.lanes[l], d.values[l].data(), sizeof(float) * d.values[l].size());
   w.accumulators.erase(p.d);
@@ -306,6 +307,7 @@ template <int kPending> void wgmma_wait() {
     if (w.accumulators.empty()) w.fenced = false;
   });
 }
+template <int N> void hold(float (&)[N]) {}
 template <class T, int kN, bool kTransA, bool kTransB> void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
   const Call call{a, b, d, kN, kTransA, kTransB, std::is_same_v<T, __nv_bfloat16>};
   emu::warp_collective<char>("wgmma", ~0u, call, issue);

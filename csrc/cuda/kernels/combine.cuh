@@ -1,5 +1,5 @@
 // What follows the grouped products of an expert layer, each bound by memory: gather-sums over a token's rows, sums over
-// an expert's rows, the routing weights' gradient, zeros for tail rows. All sums are fp32 in an order that the shapes fix.
+// an expert's rows, the routing weights' gradient. All sums are fp32 in an order that the shapes fix.
 // T tokens, D hidden, E experts, K top-k, R routed rows.
 #pragma once
 #include "elements.cuh"
@@ -139,12 +139,5 @@ template <class T> __global__ void routing_gradient_kernel(RoutingGradient a) {
   }
   for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
   if (lane == 0) a.out[i] = sum;
-}
-
-// Zeros for the elements of [rows, columns] from row *first on; V is 16 bytes, or an element where those do not fit.
-template <class V> __global__ void zero_tail_kernel(V* out, const int32_t* first, int64_t rows, int64_t columns) {
-  const int64_t end = rows * columns, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = *first * columns + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step)
-    out[i] = V{};
 }
 }  // namespace sail::cuda

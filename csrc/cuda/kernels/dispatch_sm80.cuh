@@ -2,6 +2,7 @@
 // launched, on a card or by a test on the CPU: start.template operator()<Shape>(kernel, tiles, problem, arguments).
 #pragma once
 #include <initializer_list>
+#include <type_traits>
 
 #include "grouped_gemm_sm80.cuh"
 
@@ -26,10 +27,12 @@ template <class T, Layout kLayout, template <bool> class Epilogue, class Start>
 void dispatch_rows(const RowsProblem& p, const typename Epilogue<true>::Arguments& arguments, const Start& start) {
   if (!aligned({p.a.data, p.b.first, p.b.second}, {p.a.stride, p.b.row_stride, p.b.expert_stride}) ||
       !Epilogue<true>::whole(p, arguments))
-    return start_rows<T, Medium, kLayout, false, Epilogue<false>>(p, arguments, start);
+    return start_rows<T, Roomy, kLayout, false, Epilogue<false>>(p, arguments, start);
   switch (start.tiles(p)) {
     case Tiles::small: return start_rows<T, Small, kLayout, true, Epilogue<true>>(p, arguments, start);
-    case Tiles::medium: return start_rows<T, Medium, kLayout, true, Epilogue<true>>(p, arguments, start);
+    case Tiles::medium:
+      using Shape = std::conditional_t<Epilogue<true>::kFinish, Roomy, Medium>;
+      return start_rows<T, Shape, kLayout, true, Epilogue<true>>(p, arguments, start);
     case Tiles::large: return start_rows<T, Large, kLayout, true, Epilogue<true>>(p, arguments, start);
   }
 }
@@ -47,23 +50,17 @@ template <class T, class Start> void dispatch(const RowsProblem& p, const StoreR
   dispatch_rows<T, Layout::kn, For<T>::template Store>(p, out, start);
 }
 
-template <class F> void with_activation(Activation activation, F f) {
-  switch (activation) {
-    case Activation::silu: return f(Silu{});
-    case Activation::gelu: return f(Gelu{});
-    case Activation::gelu_tanh: return f(GeluTanh{});
-  }
-}
-
 template <class T, class Start> void dispatch(const RowsProblem& p, const GatedForward& out, const Start& start) {
-  with_activation(out.activation, [&](auto act) {
-    dispatch_rows<T, Layout::nk, For<T>::template With<decltype(act)>::template Forward>(p, out, start);
+  for_activation(out.activation, [&](auto* act) {
+    dispatch_rows<T, Layout::nk, For<T>::template With<std::remove_pointer_t<decltype(act)>>::template Forward>(p, out,
+                                                                                                                start);
   });
 }
 
 template <class T, class Start> void dispatch(const RowsProblem& p, const GatedBackward& out, const Start& start) {
-  with_activation(out.activation, [&](auto act) {
-    dispatch_rows<T, Layout::kn, For<T>::template With<decltype(act)>::template Backward>(p, out, start);
+  for_activation(out.activation, [&](auto* act) {
+    dispatch_rows<T, Layout::kn, For<T>::template With<std::remove_pointer_t<decltype(act)>>::template Backward>(p, out,
+                                                                                                                 start);
   });
 }
 
@@ -71,6 +68,6 @@ template <class T, class Start> void dispatch(const WgradProblem& p, const Store
   const auto tiles = [&](int64_t m, int64_t n) { return p.E * ceil_div(p.M, m) * ceil_div(p.N, n); };
   if (aligned({p.a.data, p.b.data}, {p.a.stride, p.b.stride}) && StoreGradEpilogue<T, false, true>::whole(p, out))
     return start.template launch<Large>(wgrad_kernel<T, Large, true>, tiles(Large::kM, Large::kN), p, out);
-  start.template launch<Medium>(wgrad_kernel<T, Medium, false>, tiles(Medium::kM, Medium::kN), p, out);
+  start.template launch<Roomy>(wgrad_kernel<T, Roomy, false>, tiles(Roomy::kM, Roomy::kN), p, out);
 }
 }  // namespace sail::cuda::sm80

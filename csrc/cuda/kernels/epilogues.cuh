@@ -36,8 +36,7 @@ inline bool eights(const void* p, int64_t columns, int64_t stride) {
 }
 
 // Columns n .. n + 7 of a row of N
-template <bool kWhole, class T> __device__ __forceinline__ void store_eight(T* row, int64_t n, int64_t N,
-                                                                            float (&v)[8]) {
+template <bool kWhole, class T> __device__ __forceinline__ void store_eight(T* row, int n, int N, float (&v)[8]) {
   if constexpr (kWhole) {
     if (n >= N) return;
     constexpr int kVector = 16 / sizeof(T);
@@ -50,10 +49,10 @@ template <bool kWhole, class T> __device__ __forceinline__ void store_eight(T* r
   }
 }
 template <bool kWhole, class T>
-__device__ __forceinline__ void load_eight(const T* row, int64_t n, int64_t N, float (&v)[8]) {
+__device__ __forceinline__ void load_eight(const T* row, int n, int N, float (&v)[8]) {
   if constexpr (kWhole) {
     constexpr int kVector = 16 / sizeof(T);
-    const int64_t from = n < N ? n : 0;  // what lies past the end is not used, only read
+    const int from = n < N ? n : 0;  // what lies past the end is not used, only read
 #pragma unroll
     for (int i = 0; i < 8; i += kVector) load(row + from + i, *reinterpret_cast<float (*)[kVector]>(v + i));
   } else {
@@ -68,33 +67,34 @@ struct Slope {
 };
 __device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 struct Silu {
-  static __device__ __forceinline__ float value(float x) { return x * fast_sigmoid(x); }
-  static __device__ __forceinline__ Slope both(float x) {
+  __device__ explicit Silu(Activation) {}
+  __device__ __forceinline__ float value(float x) const { return x * fast_sigmoid(x); }
+  __device__ __forceinline__ Slope both(float x) const {
     const float s = fast_sigmoid(x);
     return {x * s, s * (1.f + x * (1.f - s))};
   }
 };
+// Both kinds of GELU, so that each costs no kernel of its own: x times a distribution function, 0.5 (1 + erf(x / sqrt 2))
+// or 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 struct Gelu {
-  static __device__ __forceinline__ float cdf(float x) {
-    return 0.5f * erfcf(x * -0.70710678f);
-  }  // keeps the left tail
-  static __device__ __forceinline__ float value(float x) { return x * cdf(x); }
-  static __device__ __forceinline__ Slope both(float x) {
+  bool tanh;
+  __device__ explicit Gelu(Activation a) : tanh(a == Activation::gelu_tanh) {}
+  __device__ __forceinline__ float cdf(float x) const {
+    if (tanh) return fast_sigmoid(x * (1.5957691f + 0.071354814f * x * x));
+    return 0.5f * erfcf(x * -0.70710678f);  // keeps the left tail
+  }
+  __device__ __forceinline__ float value(float x) const { return x * cdf(x); }
+  __device__ __forceinline__ Slope both(float x) const {
     const float c = cdf(x);
-    return {x * c, c + x * 0.39894228f * __expf(x * x * -0.5f)};
+    const float density =
+        tanh ? c * (1.f - c) * (1.5957691f + 0.21406444f * x * x) : 0.39894228f * __expf(x * x * -0.5f);
+    return {x * c, c + x * density};
   }
 };
-struct GeluTanh {
-  // 0.5 * (1 + tanh(u)) = fast_sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-  static __device__ __forceinline__ float gate(float x) {
-    return fast_sigmoid(x * (1.5957691f + 0.071354814f * x * x));
-  }
-  static __device__ __forceinline__ float value(float x) { return x * gate(x); }
-  static __device__ __forceinline__ Slope both(float x) {
-    const float s = gate(x);
-    return {x * s, s + x * s * (1.f - s) * (1.5957691f + 0.21406444f * x * x)};
-  }
-};
+// Calls f with a null pointer of the activation's type.
+template <class F> auto for_activation(Activation a, F f) {
+  return a == Activation::silu ? f(static_cast<Silu*>(nullptr)) : f(static_cast<Gelu*>(nullptr));
+}
 
 __device__ __forceinline__ float clamp_gate(float g, float limit) { return g > limit ? limit : g; }  // keeps NaN
 __device__ __forceinline__ float clamp_up(float u, float limit) { return u > limit ? limit : u < -limit ? -limit : u; }
@@ -114,8 +114,8 @@ template <class T, bool kWhole> struct StoreRowsEpilogue {
     T* out;
     const T* bias;
     float weight;
-    int64_t N;
-    __device__ __forceinline__ void eight(int64_t n, float (&v)[8]) const {
+    int N;
+    __device__ __forceinline__ void eight(int n, float (&v)[8]) const {
       float b[8] = {};
       if (bias) load_eight<kWhole>(bias, n, N, b);
 #pragma unroll
@@ -126,7 +126,7 @@ template <class T, bool kWhole> struct StoreRowsEpilogue {
   __device__ __forceinline__ Row row(int64_t e, int64_t r) const {
     return {static_cast<T*>(a.out) + r * a.out_stride,
             a.bias && e < E ? static_cast<const T*>(a.bias) + e * N : nullptr, a.weight && e < E ? a.weight[r] : 1.f,
-            N};
+            static_cast<int>(N)};
   }
 };
 
@@ -144,9 +144,10 @@ template <class T, class Act, bool kWhole> struct GatedForwardEpilogue {
   struct Row {
     const T* bias;
     T *h, *out;
-    int64_t F;
+    int F;
     float clamp;
-    __device__ __forceinline__ void eight(int64_t f, float (&gate)[8], float (&up)[8]) const {
+    Act act;
+    __device__ __forceinline__ void eight(int f, float (&gate)[8], float (&up)[8]) const {
       if (bias) {
         float b[8], c[8];
         load_eight<kWhole>(bias, f, F, b), load_eight<kWhole>(bias + F, f, F, c);
@@ -156,13 +157,17 @@ template <class T, class Act, bool kWhole> struct GatedForwardEpilogue {
       if (h) store_eight<kWhole>(h, f, F, gate), store_eight<kWhole>(h + F, f, F, up);
       if (!out) return;
 #pragma unroll
-      for (int i = 0; i < 8; i++) gate[i] = Act::value(clamp_gate(gate[i], clamp)) * clamp_up(up[i], clamp);
+      for (int i = 0; i < 8; i++) gate[i] = act.value(clamp_gate(gate[i], clamp)) * clamp_up(up[i], clamp);
       store_eight<kWhole>(out, f, F, gate);
     }
   };
   __device__ __forceinline__ Row row(int64_t e, int64_t r) const {
     return {a.bias ? static_cast<const T*>(a.bias) + e * 2 * F : nullptr,
-            a.h ? static_cast<T*>(a.h) + r * 2 * F : nullptr, a.a ? static_cast<T*>(a.a) + r * F : nullptr, F, a.clamp};
+            a.h ? static_cast<T*>(a.h) + r * 2 * F : nullptr,
+            a.a ? static_cast<T*>(a.a) + r * F : nullptr,
+            static_cast<int>(F),
+            a.clamp,
+            Act(a.activation)};
   }
 };
 
@@ -179,43 +184,41 @@ template <class T, class Act, bool kWhole> struct GatedBackwardEpilogue {
       : a(arguments), F(p.N), R(p.R) {}
 
   struct Row {
-    const T* h;
-    T *dh, *a_weighted;
-    float* to_dot;
-    int64_t F, R;
-    float clamp, weight, dot;
-    __device__ __forceinline__ void eight(int64_t f, float (&da)[8]) {
+    const GatedBackwardEpilogue& o;
+    int64_t r;  // negative: no row
+    float weight, dot;
+    __device__ __forceinline__ void eight(int f, float (&da)[8]) {
+      const int F = static_cast<int>(o.F);
+      const int64_t at = r * o.F;
+      const float clamp = o.a.clamp;
+      const Act act(o.a.activation);
       float gate[8], up[8];
+      const T* h = static_cast<const T*>(o.a.h) + 2 * at;
       load_eight<kWhole>(h, f, F, gate), load_eight<kWhole>(h + F, f, F, up);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const Slope act = Act::both(clamp_gate(gate[i], clamp));
-        const float u = clamp_up(up[i], clamp), value = act.value * u, d = da[i] * weight;
+        const Slope s = act.both(clamp_gate(gate[i], clamp));
+        const float u = clamp_up(up[i], clamp), value = s.value * u, d = da[i] * weight;
         dot = fmaf(da[i], value, dot);  // da is zero past the last column
-        gate[i] = gate[i] > clamp ? 0.f : d * u * act.slope;
-        up[i] = up[i] > clamp || up[i] < -clamp ? 0.f : d * act.value;
+        gate[i] = gate[i] > clamp ? 0.f : d * u * s.slope;
+        up[i] = up[i] > clamp || up[i] < -clamp ? 0.f : d * s.value;
         da[i] = value * weight;
       }
-      if (dh) store_eight<kWhole>(dh, f, F, gate), store_eight<kWhole>(dh + F, f, F, up);
-      if (a_weighted) store_eight<kWhole>(a_weighted, f, F, da);
+      if (o.a.dh) {
+        T* dh = static_cast<T*>(o.a.dh) + 2 * at;
+        store_eight<kWhole>(dh, f, F, gate), store_eight<kWhole>(dh + F, f, F, up);
+      }
+      if (o.a.a_weighted) store_eight<kWhole>(static_cast<T*>(o.a.a_weighted) + at, f, F, da);
     }
     // Adds the sums of the four lanes that share the row.
-    __device__ __forceinline__ void finish(int64_t n) {
+    __device__ __forceinline__ void finish(int n) {
       dot += __shfl_xor_sync(~0u, dot, 1);
       dot += __shfl_xor_sync(~0u, dot, 2);
-      if (to_dot && n < F && threadIdx.x % 4 == 0) to_dot[n / kDotColumns * R] = dot;
+      if (o.a.dot && r >= 0 && n < o.F && threadIdx.x % 4 == 0) o.a.dot[n / kDotColumns * o.R + r] = dot;
     }
   };
   __device__ __forceinline__ Row row(int64_t, int64_t r) const {
-    return {static_cast<const T*>(a.h) + r * 2 * F,
-            a.dh ? static_cast<T*>(a.dh) + r * 2 * F : nullptr,
-            a.a_weighted ? static_cast<T*>(a.a_weighted) + r * F : nullptr,
-            a.dot && r >= 0 ? a.dot + r : nullptr,
-            F,
-            R,
-            a.clamp,
-            a.weight && r >= 0 ? a.weight[r] : 1.f,
-            0.f};
+    return {*this, r, a.weight && r >= 0 ? a.weight[r] : 1.f, 0.f};
   }
 };
 
@@ -231,8 +234,8 @@ template <class TOut, bool kAccumulate, bool kWhole> struct StoreGradEpilogue {
 
   struct Row {
     TOut* to;
-    int64_t N;
-    __device__ __forceinline__ void eight(int64_t n, float (&v)[8]) const {
+    int N;
+    __device__ __forceinline__ void eight(int n, float (&v)[8]) const {
       if constexpr (kAccumulate) {
         float old[8];
         load_eight<kWhole>(to, n, N, old);
@@ -243,7 +246,7 @@ template <class TOut, bool kAccumulate, bool kWhole> struct StoreGradEpilogue {
     }
   };
   __device__ __forceinline__ Row row(int64_t e, int64_t m) const {
-    return {static_cast<TOut*>(m < out.split ? out.first : out.second) + out.at(e, m), N};
+    return {static_cast<TOut*>(m < out.split ? out.first : out.second) + out.at(e, m), static_cast<int>(N)};
   }
 };
 }  // namespace sail::cuda

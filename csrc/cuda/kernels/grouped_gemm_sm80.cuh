@@ -57,13 +57,13 @@ template <class T, class Shape, bool kTransposedA, bool kTransposedB> struct Mai
 
   // Adds the products of K elements.
   template <class A, class B>
-  __device__ __forceinline__ void run(Products<Shape>& products, A& load_a, B& load_b, int64_t K) const {
-    const auto steps = static_cast<int>(ceil_div(K, Shape::kK));
+  __device__ __forceinline__ void run(Products<Shape>& products, A& load_a, B& load_b, int K) const {
+    const int steps = K / Shape::kK + (K % Shape::kK != 0);
     const auto load = [&](int step) {
       if (step < steps) {
         char* stage = shared + step % Shape::kStages * kStageBytes;
-        load_a.load(stage, static_cast<int64_t>(step) * Shape::kK);
-        load_b.load(stage + TileA::kBytes, static_cast<int64_t>(step) * Shape::kK);
+        load_a.load(stage, step * Shape::kK);
+        load_b.load(stage + TileA::kBytes, step * Shape::kK);
       }
       ptx::cp_async_commit();
     };
@@ -96,16 +96,16 @@ __device__ __forceinline__ void take_eight(const Products<Shape>& products, int 
 
 // Hands the columns of rows row .. row_end to the epilogue; column: the tile's first, of a half for kHalves.
 template <class Shape, class Epilogue>
-__device__ __forceinline__ void store(const Epilogue& epilogue, const Products<Shape>& products, int64_t e, int64_t row,
-                                      int64_t row_end, int64_t column) {
+__device__ __forceinline__ void store(const Epilogue& epilogue, const Products<Shape>& products, int e, int row,
+                                      int row_end, int column) {
   using P = Products<Shape>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t first = column + warp_column<Shape>() / (Epilogue::kHalves ? 2 : 1);
+  const int first = column + warp_column<Shape>() / (Epilogue::kHalves ? 2 : 1);
 #pragma unroll
   for (int i = 0; i < P::kRows; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int64_t r = row + warp_row<Shape>() + i * 16 + half * 8 + lane / 4;
+      const int r = row + warp_row<Shape>() + i * 16 + half * 8 + lane / 4;
       const bool stored = r < row_end;
       auto out = epilogue.row(e, stored ? r : Epilogue::kFinish ? -1 : row);
       if constexpr (Epilogue::kHalves) {
@@ -137,26 +137,28 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   RowTiles tiles(p, Shape::kM, ceil_div(p.N, kColumns));
   RowTile tile;
   for (int64_t i = blockIdx.x; tiles.find(i, &tile); i += gridDim.x) {
-    const int64_t column = tile.n * kColumns, e = tile.expert < p.E ? tile.expert : 0;
-    const int64_t K = tile.expert < p.E ? p.K : 0;  // the tail's products are zeros
+    const int column = tile.n * kColumns;
+    const int64_t e = tile.expert < p.E ? tile.expert : 0;
+    const int K = tile.expert < p.E ? static_cast<int>(p.K) : 0, N = static_cast<int>(p.N);  // the tail: K = 0, zeros
     const T *a = static_cast<const T*>(p.a.data), *first = static_cast<const T*>(p.b.first) + e * p.b.expert_stride;
     const T* second = p.b.second ? static_cast<const T*>(p.b.second) + e * p.b.expert_stride : nullptr;
 
     FixedRows<T, typename Loop::TileA, Shape::kThreads, kAligned> load_a;
     load_a.start(K, a, [&](int m) -> const T* {
-      const int64_t r = tile.row + m;
+      const int r = tile.row + m;
       return K && r < tile.row_end ? a + p.a.row(r) * p.a.stride : nullptr;
     });
     Products<Shape> products;
     if constexpr (kTransposedB) {
-      MovingRows<T, typename Loop::TileB, Shape::kThreads, kAligned, WeightRows<T>> load_b;
-      load_b.start({first, second, p.b.row_stride, p.b.split}, K, column, p.N);
+      using Source = WeightRows<T>;
+      MovingRows<T, typename Loop::TileB, Shape::kThreads, kAligned, Source> load_b(
+          Source(first, second, p.b.row_stride, p.b.split), K, column, N);
       loop.run(products, load_a, load_b, K);
     } else {
       FixedRows<T, typename Loop::TileB, Shape::kThreads, kAligned> load_b;
       load_b.start(K, first, [&](int j) -> const T* {
-        const int64_t n = column + (Epilogue::kHalves ? j / 16 * 8 + j % 8 : j);
-        if (n >= p.N) return nullptr;
+        const int n = column + (Epilogue::kHalves ? j / 16 * 8 + j % 8 : j);
+        if (n >= N) return nullptr;
         if constexpr (Epilogue::kHalves) return (j / 8 % 2 ? second : first) + n * p.b.row_stride;
         return n < p.b.split ? first + n * p.b.row_stride : second + (n - p.b.split) * p.b.row_stride;
       });
@@ -166,25 +168,29 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
 }
 
+template <class T, class Tile, int kThreads, bool kAligned>
+using GatheredOperand = MovingRows<T, Tile, kThreads, kAligned,
+                                   IndexedRows<T, Share<Tile, kThreads>::kCount, Share<Tile, kThreads>::kStep>>;
+
 template <class T, class Shape, bool kAligned>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     wgrad_kernel(const WgradProblem p, const StoreGrad arguments) {
   using Loop = Mainloop<T, Shape, true, true>;
-  using Operand = IndexedRows<T>;
   const Loop loop;
   const int64_t m_tiles = ceil_div(p.M, Shape::kM), n_tiles = ceil_div(p.N, Shape::kN);
   for (int64_t i = blockIdx.x; i < p.E * m_tiles * n_tiles; i += gridDim.x) {
     const WgradTile tile = wgrad_tile(i, m_tiles, n_tiles);
-    const int64_t begin = p.offsets[tile.expert], rows = p.offsets[tile.expert + 1] - begin;
+    const int begin = p.offsets[tile.expert], rows = p.offsets[tile.expert + 1] - begin;
     if (!rows && arguments.accumulate) continue;
-    const int64_t m = tile.m * Shape::kM, n = tile.n * Shape::kN;
-    MovingRows<T, typename Loop::TileA, Shape::kThreads, kAligned, Operand> load_a;
-    MovingRows<T, typename Loop::TileB, Shape::kThreads, kAligned, Operand> load_b;
-    load_a.start(Operand{static_cast<const T*>(p.a.data), p.a.stride, p.a.index, begin}, rows, m, p.M);
-    load_b.start(Operand{static_cast<const T*>(p.b.data), p.b.stride, p.b.index, begin}, rows, n, p.N);
+    const int m = static_cast<int>(tile.m) * Shape::kM, n = static_cast<int>(tile.n) * Shape::kN;
+    const int M = static_cast<int>(p.M), N = static_cast<int>(p.N);
+    GatheredOperand<T, typename Loop::TileA, Shape::kThreads, kAligned> load_a({p.a, begin}, rows, m, M);
+    GatheredOperand<T, typename Loop::TileB, Shape::kThreads, kAligned> load_b({p.b, begin}, rows, n, N);
     Products<Shape> products;
     loop.run(products, load_a, load_b, rows);
-    const auto keep = [&](const auto& epilogue) { store<Shape>(epilogue, products, tile.expert, m, p.M, n); };
+    const auto keep = [&](const auto& epilogue) {
+      store<Shape>(epilogue, products, static_cast<int>(tile.expert), m, M, n);
+    };
     if (arguments.fp32 && arguments.accumulate) keep(StoreGradEpilogue<float, true, kAligned>(p, arguments));
     if (arguments.fp32 && !arguments.accumulate) keep(StoreGradEpilogue<float, false, kAligned>(p, arguments));
     if (!arguments.fp32 && arguments.accumulate) keep(StoreGradEpilogue<T, true, kAligned>(p, arguments));

@@ -30,21 +30,23 @@ struct Chunk {
   int bytes;
 };
 
-// Copies kRows rows of 128 bytes with 128 threads, eight to a row: source(i, column) is the chunk of row
-// thread / 8 + 16 i at this element of the row.
-template <int kRows, class Source>
+// Copies kRows rows of 128 bytes, eight threads to a row: source(i, column) is the chunk of row
+// thread / 8 + i * kThreads / 8 at this element of the row.
+template <int kRows, int kThreads, class Source>
 __device__ __forceinline__ void copy_rows(uint32_t to, int thread, const Source& source) {
+  constexpr int kStep = kThreads / 8;
+  static_assert(kStep % 8 == 0 && kRows % kStep == 0, "the swizzle of a thread's rows is the same");
   const int row = thread / 8, chunk = thread % 8;
   to += row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-#pragma unroll
-  for (int i = 0; i < kRows / 16; i++) {
-    const auto c = source(i, chunk * 8);
-    ptx::cp_async(to + i * 16 * kRowBytes, c.from, c.bytes);
+#pragma unroll 4  // more in flight would cost the producer registers that it does not have
+  for (int i = 0; i < kRows / kStep; i++) {
+    const Chunk c = source(i, chunk * 8);
+    ptx::cp_async(to + i * kStep * kRowBytes, c.from, c.bytes);
   }
 }
 
 // Bytes of a chunk of which `elements` exist, at least none and at most all 8.
-__device__ __forceinline__ int chunk_bytes(int64_t elements) {
-  return elements <= 0 ? 0 : elements < 8 ? static_cast<int>(elements) * 2 : 16;
+__device__ __forceinline__ int chunk_bytes(int elements) {
+  return elements <= 0 ? 0 : elements < 8 ? elements * 2 : 16;
 }
 }  // namespace sail::cuda

@@ -32,17 +32,18 @@ __device__ __forceinline__ void copy_chunk(char* shared, uint32_t to, const T* f
   }
 }
 
-__device__ __forceinline__ int chunk_elements(int64_t left) {
-  return left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
-}
+__device__ __forceinline__ int chunk_elements(int left) { return left >= 8 ? 8 : left > 0 ? left : 0; }
 
-// What the threads of a block have of a tile: chunk threadIdx.x % kChunks of every kStep-th row.
+// What the threads of a block have of a tile: chunk threadIdx.x % kChunks of every kStep-th row from row() on.
 template <class Tile, int kThreads> struct Share {
   static constexpr int kStep = kThreads / Tile::kChunks, kCount = (Tile::kRows + kStep - 1) / kStep;
   static_assert(kThreads % Tile::kChunks == 0);
   static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % Tile::kChunks; }
-  static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / Tile::kChunks + i * kStep; }
-  static __device__ __forceinline__ bool has(int i) { return Tile::kRows % kStep == 0 || row(i) < Tile::kRows; }
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Tile::kChunks; }
+  static __device__ __forceinline__ bool has(int i) {
+    return Tile::kRows % kStep == 0 || row() + i * kStep < Tile::kRows;
+  }
+  static __device__ __forceinline__ uint32_t offset(int i) { return Tile::offset(row() + i * kStep, chunk()); }
 };
 
 template <class T, class Tile, int kThreads, bool kAligned> class FixedRows {
@@ -50,95 +51,110 @@ template <class T, class Tile, int kThreads, bool kAligned> class FixedRows {
 
  public:
   // source(i): the start of row i of the tile, null for a row of zeros; `any`: an address to name where nothing is read
-  template <class Source> __device__ __forceinline__ void start(int64_t width, const T* any, Source source) {
+  template <class Source> __device__ __forceinline__ void start(int width, const T* any, Source source) {
     left_ = width - Mine::chunk() * 8;
     valid_ = 0;
 #pragma unroll
     for (int i = 0; i < Mine::kCount; i++) {
-      const T* row = Mine::has(i) ? source(Mine::row(i)) : nullptr;
+      const T* row = Mine::has(i) ? source(Mine::row() + i * Mine::kStep) : nullptr;
       valid_ |= (row != nullptr) << i;
       row_[i] = row ? row + Mine::chunk() * 8 : any;
     }
   }
   // Elements k .. of all rows
-  __device__ __forceinline__ void load(char* tile, int64_t k) {
+  __device__ __forceinline__ void load(char* tile, int k) {
     const int elements = chunk_elements(left_ - k);
 #pragma unroll
     for (int i = 0; i < Mine::kCount; i++) {
       if (!Mine::has(i)) continue;
       const int wanted = valid_ >> i & 1 ? elements : 0;
-      copy_chunk<T, kAligned>(tile, Tile::offset(Mine::row(i), Mine::chunk()), wanted ? row_[i] + k : row_[i], wanted);
+      copy_chunk<T, kAligned>(tile, Mine::offset(i), wanted ? row_[i] + k : row_[i], wanted);
     }
   }
 
  private:
   const T* row_[Mine::kCount];
-  int64_t left_;  // elements from this thread's chunk on
+  int left_;  // elements from this thread's chunk on
   unsigned valid_;
 };
 
-// Rows k of an expert's weights, in one part or two.
-template <class T> struct WeightRows {
-  const T *first, *second;  // of the expert
-  int64_t stride, split;
-  using Key = int64_t;
-  static constexpr bool kAhead = false;
-  __device__ __forceinline__ Key key(int64_t k) const { return k; }
-  __device__ __forceinline__ const T* at(Key k) const {
-    return k < split ? first + k * stride : second + (k - split) * stride;
+// Rows k of an expert's weights, in one part or two. A thread starts at one element of row `row` and asks for rows
+// further on by k + i.
+template <class T> class WeightRows {
+ public:
+  __device__ __forceinline__ WeightRows(const T* first, const T* second, int64_t stride, int64_t split)
+      : from_(first), stride_(stride), gap_(second ? second - split * stride - first : 0), split_(split) {}
+  __device__ __forceinline__ void start(int row, int, int column) { row_ = row, from_ += row * stride_ + column; }
+  __device__ __forceinline__ const T* any() const { return from_; }
+  __device__ __forceinline__ const T* at(int k, int i, int) const {
+    return from_ + (k + i) * stride_ + (k + row_ + i < split_ ? 0 : gap_);
   }
+  __device__ __forceinline__ void look_ahead(int) {}
+
+ private:
+  const T* from_;
+  int64_t stride_, gap_, split_;  // gap: what leads from the first part's rows on to the second's
+  int row_ = 0;
 };
 
-// Rows begin + k, or what the index says. The index is read a step ahead: the copy would wait for it.
-template <class T> struct IndexedRows {
-  const T* data;
-  int64_t stride;
-  const int32_t* index;
-  int64_t begin;
-  using Key = int32_t;
-  static constexpr bool kAhead = true;
-  __device__ __forceinline__ Key key(int64_t k) const {
-    return index ? index[begin + k] : static_cast<int32_t>(begin + k);
+// Rows begin + k, or what the index says: it is read a step ahead, as the copy would wait for it.
+template <class T, int kCount, int kStep> class IndexedRows {
+ public:
+  __device__ __forceinline__ IndexedRows(const Rows& of, int64_t begin)
+      : from_(static_cast<const T*>(of.data)), stride_(of.stride), index_(of.index), begin_(begin) {}
+  __device__ __forceinline__ void start(int row, int rows, int column) {
+    rows_ = rows - row, from_ += column;
+    if (index_)
+      index_ += begin_ + row;
+    else
+      from_ += (begin_ + row) * stride_;
+    look_ahead(0);
   }
-  __device__ __forceinline__ const T* at(Key row) const { return data + row * stride; }
-};
+  __device__ __forceinline__ const T* any() const { return from_; }
+  __device__ __forceinline__ const T* at(int k, int i, int which) const {
+    return from_ + (index_ ? next_[which] : k + i) * stride_;
+  }
+  __device__ __forceinline__ void look_ahead(int k) {
+    if (!index_) return;
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
+      if (k < rows_ - i * kStep) next_[i] = index_[k + i * kStep];
+  }
 
+ private:
+  const T* from_;
+  int64_t stride_;
+  const int32_t* index_;
+  int64_t begin_;
+  int rows_ = 0;
+  int32_t next_[kCount];
+};
 template <class T, class Tile, int kThreads, bool kAligned, class Source> class MovingRows {
   using Mine = Share<Tile, kThreads>;
 
  public:
   // Elements `first` .. of `width` of the rows 0 .. rows
-  __device__ __forceinline__ void start(const Source& source, int64_t rows, int64_t first, int64_t width) {
-    source_ = source, rows_ = rows;
-    column_ = first + Mine::chunk() * 8;
-    elements_ = chunk_elements(width - column_);
-    if constexpr (Source::kAhead) read_keys(0);
+  __device__ __forceinline__ MovingRows(const Source& source, int rows, int first, int width)
+      : source_(source), rows_(rows - Mine::row()) {
+    const int column = first + Mine::chunk() * 8;
+    elements_ = chunk_elements(width - column);
+    source_.start(Mine::row(), rows, column);
   }
   // Rows k ..; k rises by the tile's rows from call to call
-  __device__ __forceinline__ void load(char* tile, int64_t k) {
+  __device__ __forceinline__ void load(char* tile, int k) {
 #pragma unroll
     for (int i = 0; i < Mine::kCount; i++) {
       if (!Mine::has(i)) continue;
-      const int64_t row = k + Mine::row(i);
-      const int wanted = row < rows_ ? elements_ : 0;
-      const T* from = source_.at(0);
-      if (wanted) from = source_.at(Source::kAhead ? keys_[i] : source_.key(row)) + column_;
-      copy_chunk<T, kAligned>(tile, Tile::offset(Mine::row(i), Mine::chunk()), from, wanted);
+      const int wanted = k < rows_ - i * Mine::kStep ? elements_ : 0;
+      const T* from = wanted ? source_.at(k, i * Mine::kStep, i) : source_.any();
+      copy_chunk<T, kAligned>(tile, Mine::offset(i), from, wanted);
     }
-    if constexpr (Source::kAhead) read_keys(k + Tile::kRows);
+    if (k < rows_ - Tile::kRows) source_.look_ahead(k + Tile::kRows);
   }
 
  private:
-  __device__ __forceinline__ void read_keys(int64_t k) {
-#pragma unroll
-    for (int i = 0; i < Mine::kCount; i++)
-      if (k + Mine::row(i) < rows_) keys_[i] = source_.key(k + Mine::row(i));
-  }
-
   Source source_;
-  int64_t rows_, column_;
-  int elements_;
-  typename Source::Key keys_[Source::kAhead ? Mine::kCount : 1];
+  int rows_, elements_;  // rows from this thread's first on
 };
 
 // Where a lane finds its row of the 16 x 16 blocks that one ldmatrix reads. Blocks follow each other along m or n by

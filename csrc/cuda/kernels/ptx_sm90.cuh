@@ -47,14 +47,11 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- tensor copies: a box of the map, innermost coordinate first, to shared memory; zeros outside of the tensor
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y,
                                          int32_t z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-      ::"r"(shared_address(to)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
@@ -66,10 +63,6 @@ template <int kRegisters> __device__ __forceinline__ void take_registers() {
 template <int kRegisters> __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-// A barrier of `threads` threads, by number: 0 is __syncthreads.
-template <int kBarrier, int kThreads> __device__ __forceinline__ void named_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
 
 // ---- wgmma
 // Before the first wgmma, and whenever registers that it reads or writes were touched by other instructions.
@@ -80,39 +73,40 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The compiler takes d for written when wgmma was issued: this keeps other uses of it on their side of the fence or wait.
+template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // d[64, kN] += A[64, 16] B[kN, 16]^T. Both operands by descriptor; a transposed one is stored
 // along M or N instead of K. Thread t of the warp group holds row t / 32 * 16 + t % 32 / 4 (+ 8 in d[i] with i & 2)
 // and columns i / 4 * 8 + t % 4 * 2 + (i & 1): of every 8 columns what mma.m16n8 gives.
-#define SAIL_F8(d, i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SAIL_F8(d, i)                                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define SAIL_F32(d, i) SAIL_F8(d, i), SAIL_F8(d, i + 8), SAIL_F8(d, i + 16), SAIL_F8(d, i + 24)
-#define SAIL_D64                                                         \
+#define SAIL_D64                                                                                                    \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"     \
+  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"    \
   "%57,%58,%59,%60,%61,%62,%63"
-#define SAIL_D128                                                                                                \
-  SAIL_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
-           "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
-           "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define SAIL_WGMMA(n, type, list, a, b, ta, tb)                                                \
-  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " list "}, %" #a ", %" #b \
-  ", 1, 1, 1, %" #ta ", %" #tb ";"
+#define SAIL_D128                                                                                         \
+  SAIL_D64                                                                                                \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
+  "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
+  "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define SAIL_WGMMA(n, type, list, a, b, ta, tb)                                                                  \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " list "}, %" #a ", %" #b ", 1, 1, 1, %" #ta \
+  ", %" #tb ";"
 
 template <class T, int kN, bool kTransA, bool kTransB> struct Wgmma;
-#define SAIL_DEFINE_WGMMA(T, type)                                                                                    \
-  template <bool kTransA, bool kTransB> struct Wgmma<T, 128, kTransA, kTransB> {                                      \
-    static __device__ __forceinline__ void run(float (&d)[64], uint64_t a, uint64_t b) {              \
-      asm volatile(SAIL_WGMMA(128, type, SAIL_D64, 64, 65, 66, 67)                                                \
-                   : SAIL_F32(d, 0), SAIL_F32(d, 32)                                                                  \
-                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));                          \
-    }                                                                                                                 \
-  };                                                                                                                  \
-  template <bool kTransA, bool kTransB> struct Wgmma<T, 256, kTransA, kTransB> {                                      \
-    static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b) {             \
-      asm volatile(SAIL_WGMMA(256, type, SAIL_D128, 128, 129, 130, 131)                                          \
-                   : SAIL_F32(d, 0), SAIL_F32(d, 32), SAIL_F32(d, 64), SAIL_F32(d, 96)                                \
-                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));                          \
-    }                                                                                                                 \
+#define SAIL_DEFINE_WGMMA(T, type)                                                        \
+  template <bool kTransA, bool kTransB> struct Wgmma<T, 256, kTransA, kTransB> {          \
+    static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b) { \
+      asm volatile(SAIL_WGMMA(256, type, SAIL_D128, 128, 129, 130, 131)                   \
+                   : SAIL_F32(d, 0), SAIL_F32(d, 32), SAIL_F32(d, 64), SAIL_F32(d, 96)    \
+                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));               \
+    }                                                                                     \
   };
 SAIL_DEFINE_WGMMA(__nv_bfloat16, "bf16")
 SAIL_DEFINE_WGMMA(__half, "f16")

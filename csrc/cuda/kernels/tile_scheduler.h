@@ -39,8 +39,8 @@ SAIL_HD constexpr WgradTile wgrad_tile(int64_t tile, int64_t m_tiles, int64_t n_
 
 // ---- tiles of a RowsProblem
 struct RowTile {
-  int64_t expert;           // E: the tail
-  int64_t row, row_end, n;  // rows row .. min(row + tile rows, row_end), tile column n
+  int32_t expert;           // E: the tail
+  int32_t row, row_end, n;  // rows row .. min(row + tile rows, row_end), tile column n
 };
 
 #if defined(__CUDACC__) || defined(SAIL_EMULATE_CUDA)
@@ -49,50 +49,51 @@ struct RowTile {
 class RowTiles {
  public:
   __device__ RowTiles(const RowsProblem& p, int tile_rows, int64_t n_tiles)
-      : offsets_(p.offsets), E_(p.E), R_(p.zero_tail ? p.R : -1), tile_rows_(tile_rows), n_tiles_(n_tiles) {
+      : p_(p), tile_rows_(tile_rows), n_tiles_(static_cast<int32_t>(n_tiles)) {
     read_experts();
   }
 
   // False: there is no such tile.
   __device__ bool find(int64_t tile, RowTile* out) {
-    while (tile - before_ >= total_ * n_tiles_) {
+    for (int64_t here; tile - before_ >= (here = tiles_of(__shfl_sync(~0u, ends_, 31)));) {
       first_ += 32;
-      if (first_ >= E_ + (R_ >= 0)) return false;
-      before_ += total_ * n_tiles_;
+      if (first_ >= experts()) return false;
+      before_ += here;
       read_experts();
     }
     const int64_t local = tile - before_;
-    const int owner = __ffs(__ballot_sync(~0u, local < static_cast<int64_t>(ends_) * n_tiles_)) - 1;
+    const int owner = __ffs(__ballot_sync(~0u, local < tiles_of(ends_))) - 1;
     const int end = __shfl_sync(~0u, ends_, owner), begin = owner ? __shfl_sync(~0u, ends_, owner - 1) : 0;
-    const TileAt at = tile_at(local - begin * n_tiles_, end - begin, n_tiles_);
+    const TileAt at = tile_at(local - tiles_of(begin), end - begin, n_tiles_);
     out->expert = first_ + owner;
-    out->row = __shfl_sync(~0u, row_, owner) + at.m * tile_rows_;
-    out->row_end = __shfl_sync(~0u, row_end_, owner);
-    out->n = at.n;
+    out->row = p_.offsets[out->expert] + static_cast<int32_t>(at.m) * tile_rows_;
+    out->row_end = row_end(out->expert);
+    out->n = static_cast<int32_t>(at.n);
     return true;
   }
 
  private:
-  // This lane's expert first_ + lane, and the running sum of row tiles over the lanes.
+  __device__ int32_t experts() const { return static_cast<int32_t>(p_.E) + p_.zero_tail; }  // the tail is one
+  __device__ int32_t row_end(int32_t e) const { return e < p_.E ? p_.offsets[e + 1] : static_cast<int32_t>(p_.R); }
+
+  // The running sum of row tiles over the lanes; this lane's expert is first_ + lane.
   __device__ void read_experts() {
     const int lane = threadIdx.x % 32;
-    const int64_t e = first_ + lane;
-    row_ = e <= E_ ? offsets_[e] : 0;
-    row_end_ = e < E_ ? offsets_[e + 1] : e == E_ && R_ >= 0 ? static_cast<int32_t>(R_) : row_;
-    ends_ = static_cast<int32_t>(ceil_div(row_end_ - row_, tile_rows_));
+    const int32_t e = first_ + lane, rows = e < experts() ? row_end(e) - p_.offsets[e] : 0;
+    ends_ = rows / tile_rows_ + (rows % tile_rows_ != 0);
     for (int o = 1; o < 32; o *= 2) {
       const int32_t lower = __shfl_up_sync(~0u, ends_, o);
       if (lane >= o) ends_ += lower;
     }
-    total_ = __shfl_sync(~0u, ends_, 31);
   }
 
-  const int32_t* offsets_;
-  int64_t E_, R_;
-  int tile_rows_;
-  int64_t n_tiles_;
-  int64_t first_ = 0, before_ = 0;  // expert of lane 0; tiles of the experts before it
-  int32_t row_, row_end_, ends_, total_;
+  __device__ int64_t tiles_of(int32_t row_tiles) const { return static_cast<int64_t>(row_tiles) * n_tiles_; }
+
+  const RowsProblem& p_;  // a kernel's parameter, which costs no register
+  int32_t tile_rows_, n_tiles_;
+  int32_t first_ = 0;   // expert of lane 0
+  int64_t before_ = 0;  // tiles of the experts before it
+  int32_t ends_;
 };
 #endif
 }  // namespace sail::cuda

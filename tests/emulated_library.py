@@ -1,0 +1,91 @@
+"""The CUDA library on the emulator of CUDA kernels (tests/cuda_emulation): the same host files and kernels, compiled by
+g++, on CPU tensors. Inside `emulated()` the public functions of sail_ops use it, so that tests of the CPU are tests of
+the CUDA sources too: checks, plan, launches, indices and sums; not speed, nor a tensor core's rounding."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from sail_ops.__main__ import operators
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATION = ROOT / "tests" / "cuda_emulation"
+FOLDER = Path(tempfile.gettempdir()) / f"sail_ops_emulated_{os.getuid()}"
+LAUNCH = re.compile(r"([\w<>:, ]+?)\s*<<<(.+?)>>>\(", re.S)
+# -O1: half of -O2's time to compile, and the tests' cases are small. TLS: see tests/emulated.py
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-extern-tls-init", "-w"]
+FLAGS += ["-U_FORTIFY_SOURCE", "-DSAIL_EMULATE_CUDA", '-DSAIL_CUDA_ARCHS="80"']
+
+
+@contextmanager
+def emulated(root: Path = ROOT) -> Iterator[None]:
+    """Calls of sail_ops on CPU tensors run the emulated CUDA library inside the block."""
+    _load(root)
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    override = torch.library.Library("sail_ops", "IMPL")
+    with warnings.catch_warnings(action="ignore"):  # overriding is what this is for
+        for name in operators():
+            op = getattr(torch.ops.sail_ops, name).default
+            override.impl(name, lambda *args, op=op: op.redispatch(cuda, *args), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        override._destroy()
+
+
+@cache
+def _load(root: Path) -> None:
+    torch.ops.load_library(str(build(root)))
+
+
+def build(root: Path = ROOT) -> Path:
+    """The library of the sources below `root`; objects whose sources have not changed are kept."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ here")
+    files = [p for f in (root / "csrc" / "cuda", root / "csrc" / "torch", EMULATION) for p in f.rglob("*")]
+    folder = FOLDER / _digest(*sorted(p for p in files if p.suffix in (".h", ".cuh")), Path(__file__))
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [p for p in (root / "csrc" / "cuda").glob("*.cu") if "sm90" not in p.name]
+    sources.append(EMULATION / "host" / "torch_cuda.cpp")
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = list(threads.map(lambda source: _compile(compiler, folder, root, source), sources))
+    library = folder / f"{_digest(*objects)}.so"
+    if not library.exists():
+        torch_libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        _run(library, compiler, "-shared", *map(str, objects), *torch_libraries)
+    return library
+
+
+def _digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
+
+
+def _compile(compiler: str, folder: Path, root: Path, source: Path) -> Path:
+    """An object of the source, its launches without brackets, which g++ does not know."""
+    out = folder / f"{source.stem}_{_digest(source)}.o"
+    if not out.exists():
+        copy = folder / f"{source.stem}.{os.getpid()}.cpp"
+        copy.write_text(LAUNCH.sub(r"emulated_launch(\1, \2, ", source.read_text()))
+        include = [f"-I{p}" for p in (EMULATION / "host", EMULATION, root / "csrc" / "cuda", root)]
+        _run(out, compiler, *FLAGS, *include, "-c", str(copy))
+    return out
+
+
+def _run(out: Path, *command: str) -> None:
+    """`command -o out`, so that another process never sees half a file."""
+    part = out.with_suffix(f".{os.getpid()}")
+    subprocess.run([*command, "-o", str(part)], check=True)
+    part.rename(out)

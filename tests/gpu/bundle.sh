@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Gathers into build/gpu-bundle what a machine with a card and no network lacks: this checkout with its built libraries,
+# and the wheels of the tests and of the peers, for Python 3.12. There: SAIL_WHEELS=wheels make -C sail-ops gpu-check
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=build/gpu-bundle most=60
+rm -rf "$out" && mkdir -p "$out/wheels" "$out/sail-ops"
+[ -e sail_ops/libsail_ops_cuda.so ] || echo "no CUDA library here: the other machine builds it, if it has nvcc"
+git archive HEAD | tar -x -C "$out/sail-ops"
+cp sail_ops/*.so "$out/sail-ops/sail_ops/"
+# for the tests; liger-kernel and transformers as peers, with what they import beside torch and numpy
+wheels=(pytest pytest-benchmark py-cpuinfo pluggy iniconfig packaging pygments hypothesis sortedcontainers
+        liger-kernel transformers huggingface_hub tokenizers safetensors regex tqdm pyyaml filelock fsspec
+        hf-xet httpx2 httpcore2 h11 truststore anyio idna typing_extensions click
+        typer shellingham rich annotated-doc markdown-it-py mdurl pydantic pydantic_core annotated-types typing-inspection)
+platforms=()
+for p in manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 any; do platforms+=(--platform "$p"); done
+"${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+  "${platforms[@]}" --constraint constraints.txt --dest "$out/wheels" "${wheels[@]}"
+size=$(du -sm "$out" | cut -f1)
+echo "$out: $size MB, $(find "$out/wheels" -name '*.whl' | wc -l) wheels"
+[ "$size" -le "$most" ] || { echo "more than $most MB"; exit 1; }

@@ -1,0 +1,98 @@
+"""What nvcc made of the CUDA sources: the instructions that the kernels are written for, no stack, no spills."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+from native import BUILD, ROOT
+
+from sail_ops import _library
+
+PARTS = {"sm_80": ("HMMA", "LDGSTS", "LDSM"), "sm_90a": ("HGMMA", "UTMALDG", "SYNCS", "HMMA", "LDGSTS")}
+needs_library = pytest.mark.skipif(not _library.CUDA_LIBRARY.exists(), reason="the CUDA library is not built")
+
+
+def program(name: str) -> str:
+    """cuobjdump and nvdisasm come with a CUDA toolkit, or from the package index (nvidia-cuda-cuobjdump)."""
+    folders = [Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin", Path("/usr/local/cuda/bin")]
+    found = shutil.which(name) or next((str(f / name) for f in folders if (f / name).exists()), None)
+    if found is None:
+        pytest.skip(f"no {name} here: pip install nvidia-cuda-{name}")
+    return found
+
+
+@cache
+def read(*what: str) -> str:
+    path = Path(program("nvdisasm")).parent  # cuobjdump looks for it
+    command = [program("cuobjdump"), *what, str(_library.CUDA_LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": str(path)}).stdout
+
+
+@cache
+def kernels(arch: str) -> dict[str, str]:
+    """Machine code of every kernel for one architecture, by mangled name."""
+    parts = re.split(r"^\s*Function : (\S+)$", read("-arch", arch, "-sass"), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("arch", PARTS)
+def test_instructions(arch: str) -> None:
+    code = kernels(arch)
+    assert any("rms_norm_kernel" in name for name in code)
+    for instruction in PARTS[arch]:
+        assert any(re.search(rf"\b{instruction}\b", text) for text in code.values()), instruction
+    assert "sm90" not in " ".join(code) or arch == "sm_90a"
+
+
+@needs_library
+@pytest.mark.parametrize("arch", PARTS)
+def test_products_are_the_tensor_cores(arch: str) -> None:
+    """Every grouped GEMM multiplies by mma, and every one of namespace sm90 by wgmma."""
+    for name, text in kernels(arch).items():
+        if "rows_kernel" not in name and "wgrad_kernel" not in name or "sail4cuda4sm" not in name:
+            continue
+        instruction = "HGMMA" if "sail4cuda4sm90" in name else "HMMA"
+        assert re.search(rf"\b{instruction}\b", text), name
+
+
+@needs_library
+def test_no_stack_and_no_local_memory() -> None:
+    usage = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", read("-res-usage"))
+    assert len(usage) > 40
+    assert [name for name, _, stack, local in usage if int(stack) or int(local)] == []
+
+
+@needs_library
+def test_float_atomics_nowhere() -> None:
+    """Integers are counted by atomics; floats are added in a fixed order."""
+    for arch in PARTS:
+        for name, text in kernels(arch).items():
+            atomics = re.findall(r"\b(?:RED|ATOM|ATOMG|ATOMS)\.\S+", text)
+            assert not [a for a in atomics if re.search(r"F32|F16|F64|BF16", a)], name
+
+
+@needs_library
+def test_the_build_log_is_kept() -> None:
+    logs = list(BUILD.rglob("*.cu.o.ptxas"))
+    if not logs:
+        pytest.skip("built elsewhere")
+    text = "".join(path.read_text() for path in logs)
+    assert "registers" in text and not re.search(r"Potential Performance Loss|[1-9]\d* bytes spill", text)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+@pytest.mark.parametrize("checked", [False, True], ids=["bare", "checked"])
+def test_serialized_wgmma_fails_the_build(tmp_path: Path, checked: bool) -> None:
+    """ptxas only remarks on it, so nvcc alone accepts it, whatever its flags."""
+    flags = ["--generate-code=arch=compute_90a,code=[sm_90a]", "-Xptxas", "-v,--warn-on-spills,--warning-as-error"]
+    out = tmp_path / "serialized.o"
+    command = ["nvcc", "-O3", *flags, "-c", str(ROOT / "tests" / "serialized_wgmma.cu"), "-o", str(out)]
+    launcher = [str(ROOT / "csrc" / "cuda" / "nvcc.sh")] if checked else []
+    result = subprocess.run([*launcher, *command], capture_output=True, text=True)
+    assert "wgmma.mma_async instructions are serialized" in result.stderr
+    assert (result.returncode == 0) != checked and out.exists() != checked
