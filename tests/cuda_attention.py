@@ -166,5 +166,5 @@ def assert_accurate(got: Outputs, case: Case, x: Inputs) -> None:
     for name, pool in (("out", 1), ("dq", 64), ("dk", 1), ("dv", 1)):
         ours = getattr(got, name)
         if ours is not None:
-            # sum(dout * out) takes the rounding of out into a whole row of dq: judged together, as few keys average less
+            # the rounding of out is in a whole row of dq by sum(dout * out); few keys do not average it out
             testing.assert_accurate(ours, getattr(want, name), getattr(eager, name), name=name, pool=pool)

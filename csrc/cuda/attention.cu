@@ -1,6 +1,6 @@
 // Attention on CUDA: checks, choice between blocks of queries and splits over the keys, launch. Nothing synchronizes
 // unless SAIL_OPS_CHECK=1, which reads cu_seqlens back.
-#include "kernels/attention.h"
+#include "launch.h"
 
 #include <math.h>
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "card.h"
-#include "launch.h"
+#include "kernels/attention.h"
 #include "moe.h"
 
 namespace sail::cuda {

@@ -1,10 +1,7 @@
 // How the attention kernels are launched on a card; attention_forward_sm80.cu and attention_backward_sm80.cu are apart
 // because they compile for minutes.
 #pragma once
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
+#include "launch.h"
 
 #include "kernels/attention_dispatch_sm80.cuh"
 
@@ -12,14 +9,13 @@ namespace sail::cuda::sm80 {
 struct StartAttention {
   const Launch& with;
   template <class Problem>
-  void operator()(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, const Problem& p) const {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  void operator()(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, const Problem& a) const {
     if (blocks > INT32_MAX) throw std::runtime_error("sail_ops: attention: more blocks than a grid has");
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(with.stream)>>>(p);
-    check(cudaGetLastError());
-  }
-  static void check(cudaError_t e) {
-    if (e != cudaSuccess) throw std::runtime_error(std::string("sail_ops: attention: CUDA: ") + cudaGetErrorString(e));
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         shared_bytes);  // check_launch sees its error
+    cuda::launch(kernel, static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(with.stream),
+                 a);
+    check_launch("attention");
   }
 };
 
