@@ -7,12 +7,12 @@ B sequences, S queries and L keys of each, H query heads, G key/value heads, D h
 
 from typing import Any, NamedTuple
 
+import emulated
 import torch
+from grouped_gemm import Memory
 from torch import Tensor
 
 from sail_ops import reference, testing
-from tests import emulated
-from tests.grouped_gemm import Memory
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -163,8 +163,8 @@ def assert_accurate(got: Outputs, case: Case, x: Inputs) -> None:
     assert torch.equal(got.lse == -torch.inf, nothing), "rows without a key"
     finite = [o.lse.masked_fill(nothing, 0) for o in (got, want, eager)]
     testing.assert_accurate(*finite, name="lse")
-    for name, pool in (("out", 1), ("dq", 64), ("dk", 1), ("dv", 1)):
+    for name, pool in (("out", 1), ("dq", 64), ("dk", 64), ("dv", 1)):
         ours = getattr(got, name)
         if ours is not None:
-            # the rounding of out is in a whole row of dq by sum(dout * out); few keys do not average it out
+            # few keys or few queries leave a row of dq or dk with one error: that of out in sum(dout * out), or of dS
             testing.assert_accurate(ours, getattr(want, name), getattr(eager, name), name=name, pool=pool)

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
+from cuda_attention import DTYPES, Case, Inputs, Outputs, assert_accurate, backward, decode, forward, inputs
 
-from tests import emulated
-from tests.cuda_attention import DTYPES, Case, Inputs, Outputs, assert_accurate, backward, decode, forward, inputs
+pytestmark = pytest.mark.cpu_only  # it emulates a card whatever runs the operators
 
 SOURCE = emulated.EMULATION / "attention_sm80.cpp"
 
