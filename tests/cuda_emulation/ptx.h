@@ -6,16 +6,21 @@ namespace sail::cuda::ptx {
 inline uint32_t shared_address(const void* p) { return emu::shared_address(p); }
 
 inline void named_barrier(int id, int threads) { emu::barrier(id, threads); }
+inline uint32_t fresh(uint32_t x) { return x; }
+inline float exp2(float x) { return ::exp2f(x); }
 
 // ---- cp.async: NaN when issued, the data when it is waited for, as late as the ISA allows
-inline void cp_async(uint32_t to, const void* from, int bytes) {
-  if (bytes < 0 || bytes > 16) emu::fail("cp.async of " + std::to_string(bytes) + " bytes");
-  if (reinterpret_cast<uintptr_t>(from) % 16) emu::fail("cp.async from an address that is no multiple of 16");
+inline void cp_async_of(int size, uint32_t to, const void* from, int bytes) {
+  if (bytes < 0 || bytes > size) emu::fail("cp.async of " + std::to_string(bytes) + " bytes");
+  if (reinterpret_cast<uintptr_t>(from) % size)
+    emu::fail("cp.async from an address that is no multiple of " + std::to_string(size));
   emu::check_global(from, static_cast<size_t>(bytes), "cp.async");
-  char* at = emu::shared_pointer(to, 16, "cp.async");
-  memset(at, 0xff, 16);
-  emu::self().copies.back().push_back({at, static_cast<const char*>(from), bytes, 16});
+  char* at = emu::shared_pointer(to, static_cast<size_t>(size), "cp.async");
+  memset(at, 0xff, static_cast<size_t>(size));
+  emu::self().copies.back().push_back({at, static_cast<const char*>(from), bytes, size});
 }
+inline void cp_async(uint32_t to, const void* from, int bytes) { cp_async_of(16, to, from, bytes); }
+inline void cp_async_8(uint32_t to, const void* from, int bytes) { cp_async_of(8, to, from, bytes); }
 inline void cp_async_commit() { emu::self().copies.emplace_back(); }
 template <int kPending> void cp_async_wait() {
   auto& groups = emu::self().copies;  // the last one is still open

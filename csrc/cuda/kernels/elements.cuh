@@ -31,9 +31,9 @@ template <class T, int N> __device__ Vec<T, N> narrow(const float (&in)[N]) {
 template <class T, int N> __device__ void load(const T* p, float (&out)[N]) { widen(load_vector<N>(p), out); }
 template <class T, int N> __device__ void store(T* p, const float (&in)[N]) { store_vector(p, narrow<T>(in)); }
 
-// The block's dynamic shared memory.
+// The block's dynamic shared memory; aligned as the widest swizzle wants it.
 template <class T> __device__ T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char dynamic_bytes[];
+  extern __shared__ __align__(1024) unsigned char dynamic_bytes[];
   return reinterpret_cast<T*>(dynamic_bytes);
 }
 

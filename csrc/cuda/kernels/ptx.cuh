@@ -19,10 +19,27 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same value, but nothing that follows from it is computed ahead of the loop this stands in: addresses that are one
+// instruction away would each hold a register all the time.
+__device__ __forceinline__ uint32_t fresh(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// ---- 2^x, two units in the last place off at most; subnormal results are 0, -inf gives 0
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- cp.async: 16 bytes to shared memory, the first `bytes` of them from global memory and zeros after; past L1.
-// Both addresses are multiples of 16; with no bytes nothing is read.
+// Both addresses are multiples of 16; with no bytes nothing is read. Or 8 bytes, through L1, with multiples of 8.
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void cp_async_8(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` of this thread's groups are under way; the others see the data after a barrier.

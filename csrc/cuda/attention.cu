@@ -1,0 +1,206 @@
+// Attention on CUDA: checks, choice between blocks of queries and splits over the keys, launch. Nothing synchronizes
+// unless SAIL_OPS_CHECK=1, which reads cu_seqlens back.
+#include "launch.h"
+
+#include <math.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "card.h"
+#include "kernels/attention.h"
+#include "moe.h"
+
+namespace sail::cuda {
+namespace {
+constexpr int64_t kMostHeadDim = 128, kMostTokens = 1 << 30;  // of the kernels; sums of two of them are ints
+constexpr int64_t kFewQueries = 8;                            // up to so many are split over the keys
+constexpr int64_t kLeastKeys = 256;                           // of a split: four tiles
+
+using OptTensor = std::optional<Tensor>;
+
+HeadRows heads_of(const Tensor& t) {
+  const int64_t d = t.dim();
+  return {t.data(), d == 4 ? t.stride(0) : 0, t.stride(d - 3), t.stride(d - 2)};
+}
+
+void check_heads(const Check& c, const char* arg, const Tensor& t, const Tensor& q) {
+  c.same_device(arg, t, q);
+  c.rank(arg, t, q.dim());
+  c.dtype(arg, t, q.dtype());
+  if (!t.numel()) return;
+  const HeadRows rows = heads_of(t);
+  c.that(t.stride(-1) == 1 && aligned(2, {t.data()}, {rows.batch, rows.token, rows.head}), arg,
+         "strides of " + std::to_string(rows.token) + ", " + std::to_string(rows.head) + ", " +
+             std::to_string(t.stride(-1)),
+         "contiguous rows (a last dimension of stride 1) that start on 16 bytes");
+}
+
+// All but the sequences; q is [.., H, D], k and v are [.., G, D].
+Attention check_tensors(const Check& c, const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
+  const DType dtype = c.real("q", q);
+  c.that(dtype != DType::f32, "q", "float32", "bfloat16 or float16 on a CUDA device");
+  const int64_t H = q.size(-2), D = q.size(-1), G = k.dim() == q.dim() ? k.size(-2) : 1;
+  c.that(D >= 8 && D <= kMostHeadDim && D % 8 == 0, "q", "a head dim of " + std::to_string(D),
+         "a multiple of 8 up to " + std::to_string(kMostHeadDim) + " on a CUDA device");
+  check_heads(c, "q", q, q), check_heads(c, "k", k, q), check_heads(c, "v", v, q);
+  c.that(k.size(-1) == D, "k", "shape " + shape_text(k), "a head dim of " + std::to_string(D) + ", as q has");
+  c.positive("k", "heads", G);
+  c.that(H > 0 && H % G == 0, "q", std::to_string(H) + " heads", "a multiple of k's " + std::to_string(G));
+  c.that(std::equal(k.sizes(), k.sizes() + k.dim(), v.sizes()), "v", "shape " + shape_text(v),
+         "k's shape, " + shape_text(k));
+  c.that(isfinite(scale), "softmax_scale", std::to_string(scale), "a finite number");
+  Attention a = {heads_of(q), heads_of(k), heads_of(v), nullptr, nullptr, 1, q.size(-3), k.size(-3), H, G, D};
+  a.scale = static_cast<float>(scale), a.causal = causal;
+  c.that(a.S < kMostTokens, "q", std::to_string(a.S) + " tokens", "fewer than 2^30");
+  c.that(a.L < kMostTokens, "k", std::to_string(a.L) + " tokens", "fewer than 2^30");
+  return a;
+}
+
+Attention check_attention(const Check& c, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                          bool causal) {
+  c.rank("q", q, 4);
+  Attention a = check_tensors(c, q, k, v, scale, causal);
+  a.B = q.size(0);
+  c.that(k.size(0) == a.B, "k", "shape " + shape_text(k), "a batch of " + std::to_string(a.B) + ", as q has");
+  return a;
+}
+
+void check_cu_values(const Check& c, const char* arg, const Tensor& cu, int64_t total, int64_t most) {
+  std::vector<int32_t> ends(cu.size(0));
+  const DeviceGuard guard(cu.device_index());
+  const cudaStream_t stream = current_stream(cu);
+  cudaMemcpyAsync(ends.data(), cu.data(), ends.size() * 4, cudaMemcpyDeviceToHost, stream);
+  cudaStreamSynchronize(stream);
+  check_launch(c.op());
+  c.that(ends[0] == 0, arg, "first element " + std::to_string(ends[0]), "0");
+  for (size_t i = 1; i < ends.size(); i++)
+    c.that(ends[i] >= ends[i - 1] && ends[i] - ends[i - 1] <= most, arg,
+           std::to_string(ends[i]) + " after " + std::to_string(ends[i - 1]),
+           "offsets that never fall, and sequences of at most max_seqlen = " + std::to_string(most));
+  c.that(ends.back() == total, arg, "last element " + std::to_string(ends.back()),
+         std::to_string(total) + ", the tokens there");
+}
+
+const int32_t* check_cu_seqlens(const Check& c, const char* arg, const Tensor& cu, const Tensor& q, int64_t total,
+                                int64_t most) {
+  c.same_device(arg, cu, q);
+  c.dtype(arg, cu, aoti_torch_dtype_int32());
+  c.rank(arg, cu, 1);
+  c.contiguous(arg, cu);
+  c.that(cu.size(0) >= 1, arg, "no element", "[sequences + 1]");
+  if (check_values()) check_cu_values(c, arg, cu, total, most);
+  return cu.ptr<const int32_t>();
+}
+
+Attention check_attention_varlen(const Check& c, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
+                                 const Tensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal) {
+  c.rank("q", q, 3);
+  Attention a = check_tensors(c, q, k, v, scale, causal);
+  a.cu_q = check_cu_seqlens(c, "cu_seqlens_q", cu_q, q, a.S, max_q);
+  a.cu_k = check_cu_seqlens(c, "cu_seqlens_k", cu_k, q, a.L, max_k);
+  c.that(cu_k.size(0) == cu_q.size(0), "cu_seqlens_k", shape_text(cu_k), shape_text(cu_q) + ", as cu_seqlens_q");
+  a.B = cu_q.size(0) - 1;
+  return a;
+}
+
+Launch launch_on(const Check& c, const Tensor& q, const Card& card) {
+  return {c.real("q", q) == DType::bf16 ? Element::bf16 : Element::f16, card.sm_count, card.shared_limit,
+          current_stream(q)};
+}
+
+// Of both public forms; max_q, max_k: no sequence has more queries or keys.
+void forward(const Check& c, const Tensor& q, AttentionForward a, int64_t max_q, int64_t max_k) {
+  const DeviceGuard guard(q.device_index());
+  const Card card = card_of(c, q);
+  const Launch launch = launch_on(c, q, card);
+  if (max_q > kFewQueries || !a.rows()) return sm80::attention_forward(a, launch);
+  AttentionDecode d = {};
+  static_cast<AttentionForward&>(d) = a;
+  d.most_queries = std::max<int64_t>(max_q, 1);
+  const SplitPlan plan = plan_splits(std::min(max_k, a.L), a.B * a.G, card.sm_count, kLeastKeys);
+  d.splits = plan.splits, d.chunk = plan.chunk;
+  const int64_t sizes[] = {d.splits, a.rows(), a.D}, rows[] = {d.splits, a.rows()};
+  const Tensor out = q.empty(sizes, aoti_torch_dtype_float32()), lse = q.empty(rows, aoti_torch_dtype_float32());
+  d.partial_out = out.ptr<float>(), d.partial_lse = lse.ptr<float>();
+  sm80::attention_decode(d, launch);
+}
+
+std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                          bool causal) {
+  const Check c("attention");
+  const Attention a = check_attention(c, q, k, v, scale, causal);
+  const int64_t rows[] = {a.B, a.H, a.S};
+  Tensor out = q.empty_like(), lse = q.empty(rows, aoti_torch_dtype_float32());
+  forward(c, q, {a, out.data(), lse.ptr<float>()}, a.S, a.L);
+  return {std::move(out), std::move(lse)};
+}
+
+std::tuple<Tensor, Tensor> attention_varlen_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
+                                                 const Tensor& cu_k, int64_t max_q, int64_t max_k, double scale,
+                                                 bool causal) {
+  const Check c("attention_varlen");
+  const Attention a = check_attention_varlen(c, q, k, v, cu_q, cu_k, max_q, max_k, scale, causal);
+  const int64_t rows[] = {a.H, a.S};
+  Tensor out = q.empty_like(), lse = q.empty(rows, aoti_torch_dtype_float32());
+  forward(c, q, {a, out.data(), lse.ptr<float>()}, max_q, max_k);
+  return {std::move(out), std::move(lse)};
+}
+
+void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& q) {
+  c.same_device(arg, t, q);
+  c.dtype(arg, t, q.dtype());
+  c.that(t.dim() == q.dim() && std::equal(q.sizes(), q.sizes() + q.dim(), t.sizes()), arg, "shape " + shape_text(t),
+         "shape " + shape_text(q));
+  c.contiguous(arg, t);
+  c.that(aligned(2, {t.data()}, {}), arg, "an address that is no multiple of 16", "one that is");
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Check& c, const Attention& problem, const Tensor& dout,
+                                            const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& out,
+                                            const Tensor& lse, std::initializer_list<int64_t> lse_shape) {
+  check_like(c, "dout", dout, q), check_like(c, "out", out, q);
+  for (const Tensor* t : {&lse, dlse ? &*dlse : &lse}) {
+    c.dtype("lse", *t, aoti_torch_dtype_float32());
+    c.shape("lse", *t, lse_shape);
+    c.contiguous("lse", *t);
+    c.same_device("lse", *t, q);
+  }
+  const DeviceGuard guard(q.device_index());
+  const Card card = card_of(c, q);
+  Tensor dq = q.empty_like(), dk = k.empty_like(), dv = k.empty_like();
+  const int64_t rows[] = {problem.rows(), 2};
+  const Tensor stats = q.empty(rows, aoti_torch_dtype_float32());
+  AttentionBackward a = {};
+  static_cast<Attention&>(a) = problem;
+  a.dout = dout.data(), a.out = out.data(), a.lse = lse.ptr<float>(), a.dlse = dlse ? dlse->ptr<float>() : nullptr;
+  a.stats = stats.ptr<float>(), a.dq = dq.data(), a.dk = dk.data(), a.dv = dv.data();
+  sm80::attention_backward(a, launch_on(c, q, card));
+  return {std::move(dq), std::move(dk), std::move(dv)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& dout, const OptTensor& dlse, const Tensor& q,
+                                                           const Tensor& k, const Tensor& v, const Tensor& out,
+                                                           const Tensor& lse, double scale, bool causal) {
+  const Check c("attention_backward");
+  const Attention a = check_attention(c, q, k, v, scale, causal);
+  return backward(c, a, dout, dlse, q, k, out, lse, {a.B, a.H, a.S});
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward_cuda(const Tensor& dout, const OptTensor& dlse,
+                                                                  const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                  const Tensor& out, const Tensor& lse,
+                                                                  const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
+                                                                  int64_t max_k, double scale, bool causal) {
+  const Check c("attention_varlen_backward");
+  const Attention a = check_attention_varlen(c, q, k, v, cu_q, cu_k, max_q, max_k, scale, causal);
+  return backward(c, a, dout, dlse, q, k, out, lse, {a.H, a.S});
+}
+
+const auto library = Library::impl("sail_ops", "CUDA")
+                         .kernel<attention_cuda>("attention")
+                         .kernel<attention_varlen_cuda>("attention_varlen")
+                         .kernel<attention_backward_cuda>("attention_backward")
+                         .kernel<attention_varlen_backward_cuda>("attention_varlen_backward");
+}  // namespace
+}  // namespace sail::cuda
