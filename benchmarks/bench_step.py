@@ -18,7 +18,7 @@ from benchmarks import harness
 from benchmarks.cases import DTYPES, SIZES, size_name
 from benchmarks.limits import Limits
 from benchmarks.worker import Worker
-from sail_model.attention import packed_layout, packed_positions
+from sail_model.attention import pack_of, packed_positions
 from sail_model.decoder import DecoderLayer, rotary_tables
 
 LENGTHS = {"full": (37, 256, 96, 500, 3, 132), "tiny": (3, 1, 12)}  # of the pack: 1,024 tokens
@@ -55,15 +55,15 @@ class LayerSteps:
         y.backward(self.grad_BLD)
 
     def _ours(self, config: Qwen3MoeConfig, cu_seqlens: Tensor) -> Callable[[str], Tensor]:
-        layer, packed = self.layers["sail"], packed_layout(cu_seqlens)
+        layer, pack = self.layers["sail"], pack_of(cu_seqlens)
         rotation = rotary_tables(packed_positions(cu_seqlens)[None], config)
-        whole = {"attention_mask": None, "packed": packed, "token_mask_T": None, "past_key_values": None}
+        whole = {"attention_mask": None, "pack": pack, "token_mask_T": None, "past_key_values": None}
 
         def call(part: str) -> Tensor:
             if not part:
                 return layer(self.x_BLD, rotation, **whole)[0]
             if part == "self_attn":
-                return layer.self_attn(self.x_BLD, rotation, None, packed, None)
+                return layer.self_attn(self.x_BLD, rotation, None, pack, None)
             if part == "mlp":
                 return layer.mlp(self.x_BLD, None)[0]
             return getattr(layer, part)(self.x_BLD)

@@ -1,25 +1,27 @@
-"""Causal attention of the decoder: padded batches with an optional mask, and packed streams.
+"""Causal attention of the decoder: packed streams and padded batches.
 
 B batch, L queries, S keys, H query heads, G key/value heads, A head dim, T tokens of a packed stream.
-Both go through PyTorch's scaled_dot_product_attention; grouped heads are never repeated in memory.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import sail_ops
 
-class PackedLayout(NamedTuple):
-    """Where the samples of a packed stream lie: built once a step, read by every layer.
 
-    `gather_SL` lists, for each group of samples of similar length, the stream position of every token, right-padded
-    to the longest sample of the group; `scatter_T` finds each stream position in the concatenated groups.
-    """
+class Pack(NamedTuple):
+    """Where the samples of a packed stream begin and end: built once a step, read by every layer."""
 
-    gather_SL: tuple[Tensor, ...]
-    scatter_T: Tensor
+    cu_seqlens: Tensor  # int32, from 0 to T
+    max_seqlen: int
+
+
+def pack_of(cu_seqlens: Tensor) -> Pack:
+    """For [samples + 1] int32 or int64."""
+    return Pack(cu_seqlens.int(), int(cu_seqlens.diff().max()))
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:
@@ -29,47 +31,20 @@ def packed_positions(cu_seqlens: Tensor) -> Tensor:
     return torch.arange(len(starts), device=starts.device) - starts
 
 
-def packed_layout(cu_seqlens: Tensor) -> PackedLayout:
-    """Group the samples of a stream by length, rounded up to a power of two: padding at most doubles a sample.
+def causal_attention(
+    q_BLHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor, *, mask: Tensor | None = None, pack: Pack | None = None
+) -> Tensor:
+    """[B, L, H, A]: within each sample of a `pack` (B = 1), or so that the last query sees every key.
 
-    Padding keys come after every real query of their sample, so causal attention never reads them and no mask is
-    needed. A pad position repeats the sample's last token; its output is dropped, its gradient is zero.
+    mask: [B, 1, L, S], True where a query may look, for padding; PyTorch's scaled_dot_product_attention takes it.
     """
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    bucket_S = (lengths - 1).clamp(min=1).log2().floor().long()
-    gathers, positions = [], []
-    for bucket in bucket_S.unique().tolist():
-        chosen = (bucket_S == bucket).nonzero().squeeze(1)
-        length_S1 = lengths[chosen, None]
-        step_1L = torch.arange(int(length_S1.max()), device=cu_seqlens.device)[None]
-        gather_SL = starts[chosen, None] + step_1L.minimum(length_S1 - 1)
-        gathers.append(gather_SL)
-        positions.append(torch.where(step_1L < length_S1, gather_SL, -1).flatten())
-    stream = torch.cat(positions)
-    real = (stream >= 0).nonzero().squeeze(1)
-    scatter_T = torch.empty_like(real)
-    scatter_T[stream[real]] = real
-    return PackedLayout(tuple(gathers), scatter_T)
-
-
-def packed_attention(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, layout: PackedLayout) -> Tensor:
-    """Causal attention within each sample of a packed stream: [T, H, A] in, [T, H, A] out."""
-    outs = []
-    for gather_SL in layout.gather_SL:
-        rows = gather_SL.flatten()
-        q, k, v = (t.index_select(0, rows).unflatten(0, gather_SL.shape).transpose(1, 2) for t in (q_THA, k_TGA, v_TGA))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).index_select(0, layout.scatter_T)
-
-
-def masked_attention(q_BHLA: Tensor, k_BGSA: Tensor, v_BGSA: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of a padded batch, [B, H, L, A] in and out; `mask` [B, 1, L, S] is True where a query may look.
-
-    Without a mask it is causal when there is more than one query, and a single query sees every key.
-    """
-    causal = mask is None and q_BHLA.shape[2] > 1
-    return F.scaled_dot_product_attention(q_BHLA, k_BGSA, v_BGSA, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    if pack is not None:
+        lengths = pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen
+        return cast(Tensor, sail_ops.attention_varlen(q_BLHA[0], k_BSGA[0], v_BSGA[0], *lengths, causal=True))[None]
+    if mask is None:
+        return cast(Tensor, sail_ops.attention(q_BLHA, k_BSGA, v_BSGA, causal=True))
+    q, k, v = (t.transpose(1, 2) for t in (q_BLHA, k_BSGA, v_BSGA))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sail_ops
 
-from .attention import PackedLayout, masked_attention, packed_attention
+from .attention import Pack, causal_attention
 from .config import is_moe_layer
 from .layers import RMSNorm, residual_linear, residual_scale
 
@@ -46,11 +46,11 @@ class Decoder(nn.Module):
         positions_BL: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        packed: PackedLayout | None = None,
+        pack: Pack | None = None,
         token_mask_T: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, list[Statistics]]:
-        """`attention_mask` as for `masked_attention`, or `packed`; `token_mask_T` is True where statistics count."""
+        """`attention_mask` or `pack` as for `causal_attention`; `token_mask_T` is True where statistics count."""
         rotation = rotary_tables(positions_BL, self.config)
         statistics = []
         for layer in self.layers:
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
                 x_BLD,
                 rotation,
                 attention_mask=attention_mask,
-                packed=packed,
+                pack=pack,
                 token_mask_T=token_mask_T,
                 past_key_values=past_key_values,
             )
@@ -87,11 +87,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         rotation: Rotation,
         *,
         attention_mask: Tensor | None,
-        packed: PackedLayout | None,
+        pack: Pack | None,
         token_mask_T: Tensor | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        attended = self.self_attn(self.input_layernorm(x_BLD), rotation, attention_mask, packed, past_key_values)
+        attended = self.self_attn(self.input_layernorm(x_BLD), rotation, attention_mask, pack, past_key_values)
         normed, x_BLD = self.post_attention_layernorm.add(attended, x_BLD)
         if isinstance(self.mlp, SparseMoe):
             y_BLD, counts_E, prob_sum_E = self.mlp(normed, token_mask_T)
@@ -121,20 +121,17 @@ class Attention(nn.Module):
         x_BLD: Tensor,
         rotation: Rotation,
         attention_mask: Tensor | None,
-        packed: PackedLayout | None,
+        pack: Pack | None,
         past_key_values: Cache | None,
     ) -> Tensor:
         heads = (-1, self.head_dim)
         q_BLHA, k_BLGA, v_BLGA = (p(x_BLD).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         weights = self.q_norm.weight, self.k_norm.weight
         q_BLHA, k_BLGA = sail_ops.qk_norm_rope(q_BLHA, k_BLGA, *weights, *rotation, self.q_norm.eps)
-        if packed is not None:
-            out_BLHA = packed_attention(q_BLHA[0], k_BLGA[0], v_BLGA[0], packed)[None]
-        else:
-            q, k, v = (t.transpose(1, 2) for t in (q_BLHA, k_BLGA, v_BLGA))
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, self.layer_idx)
-            out_BLHA = masked_attention(q, k, v, attention_mask).transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k_BLGA.transpose(1, 2), v_BLGA.transpose(1, 2), self.layer_idx)
+            k_BLGA, v_BLGA = k.transpose(1, 2), v.transpose(1, 2)
+        out_BLHA = causal_attention(q_BLHA, k_BLGA, v_BLGA, mask=attention_mask, pack=pack)
         return self.o_proj(out_BLHA.flatten(2))
 
 

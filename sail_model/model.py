@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
-from .attention import PackedLayout, check_cu_seqlens, packed_layout, packed_positions
+from .attention import Pack, check_cu_seqlens, pack_of, packed_positions
 from .config import SailVL2Config
 from .decoder import Experts, LanguageModel, Statistics
 from .projector import Projector
@@ -188,12 +188,12 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, list[Statistics], Tensor]:
         """Final hidden states, routing statistics, and the number of tokens that these count."""
         batch, length = x_BLD.shape[:2]
-        packed: PackedLayout | None = None
+        pack: Pack | None = None
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("SailVL2: cu_seqlens excludes past_key_values and use_cache")
             check_cu_seqlens(cu_seqlens, batch, length)
-            packed = packed_layout(cu_seqlens)
+            pack = pack_of(cu_seqlens)
             if position_ids is None:
                 position_ids = packed_positions(cu_seqlens)[None]
         elif position_ids is None:
@@ -205,8 +205,8 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden_BLD, statistics = self.language_model.model(
             x_BLD,
             position_ids,
-            attention_mask=None if packed else self._causal_mask(x_BLD, attention_mask, position_ids, cache),
-            packed=packed,
+            attention_mask=None if pack else self._causal_mask(x_BLD, attention_mask, position_ids, cache),
+            pack=pack,
             token_mask_T=token_mask_T,
             past_key_values=cache,
         )

@@ -5,8 +5,9 @@ Bidirectional attention, SwiGLU, no class token, no rotary embedding. Modules ca
 Source: SAIL-VL2 report section 2.1 and the released 2B model; the encoder is AIMv2 (arXiv 2411.14402).
 """
 
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -96,9 +97,8 @@ class Attention(nn.Module):
 
     def forward(self, x_NPC: Tensor) -> Tensor:
         qkv = self.qkv(x_NPC).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        out_NPHA = cast(Tensor, sail_ops.attention(*qkv.unbind(2)))
+        return self.proj(out_NPHA.flatten(2))
 
 
 class SwiGLU(nn.Module):

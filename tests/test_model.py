@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_model import EOS, IMAGE, PAD, exact_ops, lively_model, one_thread, pixels, prompt, tiny_config
 from torch import Tensor
 
 import sail_ops
 from sail_model import SailVL2ForConditionalGeneration
-from sail_model.attention import packed_layout
 from sail_ops.testing import assert_accurate
 
 Model = SailVL2ForConditionalGeneration
@@ -86,20 +83,6 @@ def test_packed_samples_do_not_see_each_other() -> None:
     )
     differs = (before != after).any(-1).nonzero().flatten()
     assert differs.tolist() == [len(STREAM[0])], "a sample of one token changed, and nothing else may"
-
-
-@settings(deadline=None)  # a busy machine is no fault
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=12))
-def test_packed_layout_covers_every_sample_once(lengths: list[int]) -> None:
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-    layout, total = packed_layout(cu_seqlens), sum(lengths)
-    assert torch.equal(torch.cat([g.flatten() for g in layout.gather_SL])[layout.scatter_T], torch.arange(total))
-    assert sum(g.numel() for g in layout.gather_SL) <= 2 * total
-    rows = [row for gather_SL in layout.gather_SL for row in gather_SL]
-    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
-        (row,) = (row for row in rows if row[0] == start)
-        assert row[:length].tolist() == list(range(start, start + length))
-        assert (row[length:] == start + length - 1).all()
 
 
 @pytest.mark.parametrize(
