@@ -136,7 +136,7 @@ def test_mutants_fail(tmp_path: Path, name: str) -> None:
         dispatch = kernels / "attention_dispatch_sm80.cuh"  # every head dim in the widest kernels, for speed
         dispatch.write_text(re.sub(r"  if \(D <= \d+\) return .*\n", "", dispatch.read_text()))
 
-    broken = emulated.compile(SOURCE, tmp_path, mutate)
+    broken = emulated.compile(SOURCE, tmp_path, "SAIL_ONLY_BF16", mutate=mutate)
     with pytest.raises(AssertionError):
         for check in CHECKS:
             x = inputs(CASES[check], torch.bfloat16)
