@@ -34,14 +34,17 @@ def packed_positions(cu_seqlens: Tensor) -> Tensor:
 def causal_attention(
     q_BLHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor, *, mask: Tensor | None = None, pack: Pack | None = None
 ) -> Tensor:
-    """[B, L, H, A]: within each sample of a `pack` (B = 1), or so that the last query sees every key.
+    """[B, L, H, A]: within each sample of a `pack` (B = 1), or of queries from the first key on, or of one on all keys.
 
-    mask: [B, 1, L, S], True where a query may look, for padding; PyTorch's scaled_dot_product_attention takes it.
+    mask: [B, 1, L, S], True where a query may look, for all else; PyTorch's scaled_dot_product_attention takes it.
     """
     if pack is not None:
         lengths = pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen
         return cast(Tensor, sail_ops.attention_varlen(q_BLHA[0], k_BSGA[0], v_BSGA[0], *lengths, causal=True))[None]
     if mask is None:
+        length = q_BLHA.shape[1]
+        if length > 1:  # a static cache has room behind the keys
+            k_BSGA, v_BSGA = k_BSGA[:, :length], v_BSGA[:, :length]
         return cast(Tensor, sail_ops.attention(q_BLHA, k_BSGA, v_BSGA, causal=True))
     q, k, v = (t.transpose(1, 2) for t in (q_BLHA, k_BSGA, v_BSGA))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
