@@ -37,8 +37,8 @@ def build(name: str, layers: int, dtype: torch.dtype) -> Any:
     all_experts = {"num_experts_per_tok": 8} if name == "qwen3_moe" and layers == 1 else {}  # no routing to flip
     config = getattr(transformers, config_name)(**options | all_experts, num_hidden_layers=layers)
     torch.manual_seed(0)
-    experts = {"experts_implementation": "eager"} if name == "qwen3_moe" else {}
-    model = getattr(transformers, model_name)._from_config(config, dtype=torch.float32, **experts)
+    eager = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if name == "qwen3_moe" else {})
+    model = getattr(transformers, model_name)._from_config(config, dtype=torch.float32, **eager)
     for i, (key, weight) in enumerate(model.named_parameters()):
         if "norm" in key:
             weight.data = 1 + 0.2 * random(*weight.shape, seed=i)
@@ -79,9 +79,11 @@ def test_model_matches_eager(name: str, dtype: torch.dtype) -> None:
 def test_revert_leaves_no_trace(name: str) -> None:
     model = build(name, 1, torch.float32)
     before = {module: dict(module.__dict__) for module in model.modules()}
+    implementation = model.config._attn_implementation
     state = {key: value.clone() for key, value in model.state_dict().items()}
     plain = step(name, deepcopy(model), torch.float32)
-    assert revert(apply(model)) is model
+    assert apply(model).config._attn_implementation == "sail"
+    assert revert(model).config._attn_implementation == implementation
     assert all("forward" not in module.__dict__ and module.__dict__.keys() == d.keys() for module, d in before.items())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     again = step(name, model, torch.float32)

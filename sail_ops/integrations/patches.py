@@ -1,8 +1,8 @@
-"""`apply(model)`: norms, rotary embedding, gated MLPs, loss and experts of a transformers model through `sail_ops`.
+"""`apply(model)`: experts, attention, norms, rotary embedding, MLPs and loss of a transformers model by `sail_ops`.
 
 Qwen3, Qwen3-MoE and Aimv2 modules are known, by the names of their classes. A patch is a `forward` on the module
-itself, in front of its class's: `revert(model)` takes it away, weights and checkpoints are never touched. Attention
-proper stays with the model's `attn_implementation`.
+itself, in front of its class's, or the model's choice of an implementation: `revert(model)` takes it back, weights and
+checkpoints are never touched.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def apply(model: nn.Module) -> nn.Module:
         raise
     if not undo:
         raise ValueError(f"sail_ops: apply: {type(model).__name__} has none of {', '.join(sorted(PATCHES))}")
-    _APPLIED[model] = undo + _use_experts(model)
+    _APPLIED[model] = undo + _use_implementations(model)
     return model
 
 
@@ -152,15 +152,22 @@ def _loss(
     return sail_ops.linear_cross_entropy(*args, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
 
 
-def _use_experts(model: Any) -> list[Undo]:
-    if not any(type(module).__name__.endswith("Experts") for module in model.modules()):
-        return []
+def _use_implementations(model: Any) -> list[Undo]:
+    """The model's own switches for attention and experts, where it has such modules."""
     from .transformers import register
 
     register()
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("sail")
-    return [partial(model.set_experts_implementation, before)]
+    undo: list[Undo] = []
+    kinds = {type(module).__name__ for module in model.modules()}
+    if any(kind.endswith("Attention") for kind in kinds):
+        before = model.config._attn_implementation
+        model.set_attn_implementation("sail")
+        undo.append(partial(model.set_attn_implementation, before))
+    if any(kind.endswith("Experts") for kind in kinds):
+        before = model.get_experts_implementation()
+        model.set_experts_implementation("sail")
+        undo.append(partial(model.set_experts_implementation, before))
+    return undo
 
 
 PATCHES: dict[str, Callable[[nn.Module], list[Undo]]] = {
