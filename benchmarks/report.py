@@ -99,6 +99,19 @@ def norm_table(results: Row) -> str:
     return table(["forward+backward", "dtype", "ms", "x torch", "GB/s", "of copy"], lines)
 
 
+def attention_table(results: Row) -> str:
+    """A line a case: forward, or forward and backward, against torch's SDPA."""
+    peers = {"sdpa": "SDPA", "sdpa_by_sequence": "by sequence", "sdpa_padded": "padded", "sdpa_nested": "nested"}
+    lines = [
+        [i["case"]["name"], i["case"]["dtype"], f"{i['ms']['sail']:.2f}", f"{i['gflops']:.0f}"]
+        + [f"{i['speedup'][peer]:.2f}" if peer in i["speedup"] else "" for peer in peers]
+        + [f"{i['of_dense_mm']:.2f}"]
+        for i in infos(results, "attention")
+    ]
+    header = ["attention", "dtype", "ms", "GFLOP/s", *(f"x {label}" for label in peers.values()), "of dense mm"]
+    return table(header, lines)
+
+
 def verdict(results: Row) -> str:
     """Does "3x faster training" hold? By baseline and by where dW goes, over both routings and sizes, in bf16."""
     lines = []
@@ -119,7 +132,9 @@ def summary(results: Row) -> str:
     """What a benchmark run prints at its end."""
     speed = speed_table(infos(results, "moe"))
     parts = [provenance(results), speed, speed and LEGEND, variant_table(results), memory_table(results)]
-    return "\n\n".join(part for part in [*parts, norm_table(results), verdict(results)] if part)
+    return "\n\n".join(
+        part for part in [*parts, norm_table(results), attention_table(results), verdict(results)] if part
+    )
 
 
 def provenance(results: Row) -> str:

@@ -54,6 +54,34 @@ EXPERTS_CASES: dict[str, ExpertsCase] = {
 }
 
 
+class AttentionCase(NamedTuple):
+    """B batch, S queries and L keys of a sequence, H query heads, G key/value heads, A head dim."""
+
+    B: int
+    S: int
+    L: int
+    H: int
+    G: int
+    A: int
+    causal: bool = False
+
+
+ATTENTION_CASES: dict[str, AttentionCase] = {
+    "one_token": AttentionCase(8, 1, 1, 4, 2, 64, causal=True),
+    "odd": AttentionCase(1, 199, 199, 4, 2, 80, causal=True),
+    "full": AttentionCase(2, 131, 131, 3, 3, 72),
+    "one_key_head": AttentionCase(1, 70, 70, 6, 1, 96, causal=True),
+    "more_keys": AttentionCase(1, 61, 150, 4, 2, 64, causal=True),
+    "fewer_keys": AttentionCase(1, 150, 33, 4, 2, 64),
+    "narrow": AttentionCase(16, 40, 37, 2, 1, 7),
+    "widest": AttentionCase(1, 67, 135, 2, 1, 256, causal=True),
+    "heads_of_two_blocks": AttentionCase(1, 9, 30, 140, 1, 64, causal=True),
+    "decode_one": AttentionCase(2, 1, 1100, 8, 2, 128, causal=True),
+    "decode_some": AttentionCase(1, 5, 700, 8, 2, 128, causal=True),
+    "model": AttentionCase(1, 300, 300, 8, 2, 128, causal=True),
+}
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
     """Normal values of the given scale, the same on every call with the same seed."""
     generator = torch.Generator().manual_seed(seed)

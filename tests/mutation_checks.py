@@ -51,6 +51,16 @@ def fused_experts(dtype: torch.dtype) -> None:
     testing.check_op(sail_ops.fused_experts, reference.fused_experts, *args, pool=pool)
 
 
+def attention(dtype: torch.dtype) -> None:
+    pool = {"outputs[0]": 64, "args[0]": 256, "args[1]": 1024, "args[2]": 1024}
+    for S, L in ((140, 150), (7, 600)):
+        shapes = (1, S, 4, 72), (1, L, 2, 72), (1, L, 2, 72)
+        q, k, v = (testing.random(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+        k = (k * torch.linspace(0.5, 1.5, L).to(dtype)[:, None, None]).detach().requires_grad_()  # maxima that rise
+        kwargs = {"causal": True, "return_lse": True}
+        testing.check_op(sail_ops.attention, reference.attention, q, k, v, pool=pool, **kwargs)
+
+
 def run(isa: str, check: str) -> str:
     """The first failure, or nothing."""
     with testing.use_isa(isa):

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run in place, never installed
 
-from benchmarks import memory, peers, report
+from benchmarks import bench_attention, memory, peers, report
 from benchmarks.cases import MoeCase, draw_routings, moe_cases
 from benchmarks.layer import Layer
 from sail_ops import reference
@@ -64,6 +64,28 @@ def test_every_peer_computes_the_layer(name: str) -> None:
 
     x, weights = random(64, 64, seed=3).requires_grad_(), layer.routing_TK.detach().requires_grad_()
     check_op(of(peer), of(reference.fused_experts), x, gate_up, down, weights)
+
+
+@pytest.mark.parametrize("case", bench_attention.CASES.values(), ids=bench_attention.CASES.keys())
+def test_every_attention_peer_computes_the_case(case: bench_attention.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAIL_BENCH_SIZE", "tiny")
+    steps = bench_attention.AttentionSteps(bench_attention.sized(case)._replace(dtype="fp32"))
+    results = {}
+    for name in ("sail", *bench_attention.peers_of(case)):
+        steps.prepare(name)
+        steps.run(name)
+        out = bench_attention.IMPLEMENTATIONS[name](steps, *steps.inputs)
+        results[name] = [out, *(t.grad for t in steps.inputs if t.requires_grad)]
+    for theirs in results.values():
+        torch.testing.assert_close(theirs, results["sail"], rtol=1e-4, atol=1e-4)
+
+
+def test_work_of_an_attention_case() -> None:
+    """By hand, for two heads of 64: causal sequences of 2 and 3 tokens, one decode step of 2 against 5."""
+    case = bench_attention.Case((2, 3), 2, 1, 64, mode="forward")
+    assert bench_attention.AttentionSteps(case).flops == 4 * (3 + 6) * 2 * 64
+    decode = case._replace(lengths=(5,), queries=2)
+    assert bench_attention.AttentionSteps(decode).flops == 4 * (4 + 5) * 2 * 64
 
 
 def test_in_place_gradients_accumulate_alike() -> None:

@@ -106,6 +106,42 @@ MUTANTS = {
         "l.down + (t.e * l.D + t.n0)",
         "l.down + (t.e / 2 * l.D + t.n0)",
     ),
+    "new maximum not applied": Mutant("attention", "attention.cpp", "attention_forward.h", "total *= shrink;", ""),
+    "keys to come seen": Mutant(
+        "attention", "attention.cpp", "attention_forward.h", "e = keep_first(e, visible - c, 0)", "e = e"
+    ),
+    "second block of keys read twice": Mutant(
+        "attention", "attention.cpp", "attention_forward.h", "k0 += kBlock<T>, b++", "k0 += kBlock<T>, b = 1"
+    ),
+    "delta ignored": Mutant(
+        "attention", "attention.cpp", "attention_backward.h", "(load(dp0 + c) - f0.delta)", "load(dp0 + c)"
+    ),
+    "gradient of lse ignored": Mutant(
+        "attention", "attention.cpp", "attention_backward.h", "- f1.delta) + f1.dlse)", "- f1.delta))"
+    ),
+    "last row missing in dk and dv": Mutant(
+        "attention", "attention.cpp", "attention_backward.h", "groups_of<T>(b.M) - g0", "groups_of<T>(b.M - 2) - g0"
+    ),
+    "second half of a wide head dropped": Mutant(
+        "attention",
+        "attention.cpp",
+        "attention_tile.h",
+        "n < D; n += kPanel, b += kGroups",
+        "n < 64; n += kPanel, b += kGroups",
+    ),
+    "parts of the keys weighed alike": Mutant(
+        "attention", "attention.cpp", "attention.cpp", "set1(vexp1(f.max[i * f.step] - most))", "set1(1)"
+    ),
+    "causal from the first key": Mutant(
+        "attention", HOST + "attention.cpp", HOST + "attention.h", "i + 1 + s.nk - s.nq", "i + 1"
+    ),
+    "a part's last row blocks left out": Mutant(
+        "attention",
+        HOST + "attention_backward.cpp",
+        HOST + "attention_backward.cpp",
+        "i++ % p.parts == p.index",
+        "i++ == p.index",
+    ),
     "NaN below all": Mutant("route_nan", "routing.cpp", "routing.cpp", "vi{} + INT32_MAX", "vi{} + INT32_MIN"),
 }
 

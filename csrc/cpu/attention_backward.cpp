@@ -125,12 +125,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_tensors(const Check& c, const Attent
                                                     std::initializer_list<int64_t> lse_shape) {
   check_like(c, "dout", dout, q);
   check_like(c, "out", out, q);
-  for (const Tensor* t : {&lse, dlse ? &*dlse : &lse}) {
-    c.dtype("lse", *t, aoti_torch_dtype_float32());
-    c.shape("lse", *t, lse_shape);
-    c.contiguous("lse", *t);
-    c.same_device("lse", *t, q);
-  }
+  const auto check_lse = [&](const char* arg, const Tensor& t) {
+    c.dtype(arg, t, aoti_torch_dtype_float32());
+    c.shape(arg, t, lse_shape);
+    c.contiguous(arg, t);
+    c.same_device(arg, t, q);
+  };
+  check_lse("lse", lse);
+  if (dlse) check_lse("dlse", *dlse);
   Tensor dq = q.empty_like(), dk = k.empty_like(), dv = k.empty_like();
   backward(a, {heads_of(dout, a.bytes), heads_of(out, a.bytes), heads_of(dq, a.bytes), heads_of(dk, a.bytes),
                heads_of(dv, a.bytes), lse.ptr<const float>(), dlse ? dlse->ptr<const float>() : nullptr});

@@ -3,7 +3,9 @@
     from sail_ops.integrations.transformers import register
 
     register()
-    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="sail")
+    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="sail", attn_implementation="sail")
+
+Attention is in transformers_attention.py.
 
 The interface (transformers/integrations/moe.py) hands a function the experts module, hidden states [T, D], expert ids
 [T, K] and routing weights [T, K]. What we support of it is stacked weights [E, 2F, D] = [gate; up] and [E, D, F], with
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from sail_ops import fused_experts
 from sail_ops.reference import ACTIVATIONS, gated_activation
 
+from .transformers_attention import sail_attention_forward, sail_attention_mask
+
 # flags of transformers' @use_experts_implementation: what our weight layout needs, and what another value means
 _LAYOUT = {
     "has_gate": (True, "experts without a gate have no fused kernel"),
@@ -30,14 +34,21 @@ _GATES: WeakKeyDictionary[nn.Module, tuple[str, float | None]] = WeakKeyDictiona
 
 
 def register(name: str = "sail") -> None:
-    """Make `experts_implementation=name` known to transformers; again is harmless. ImportError without it."""
+    """Make `experts_implementation=name` and `attn_implementation=name` known to transformers; again is harmless.
+
+    ImportError without it.
+    """
     try:
         from transformers.integrations.moe import ExpertsInterface
+        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.modeling_utils import AttentionInterface
     except ImportError as error:
         raise ImportError(
             "sail_ops.integrations.transformers needs transformers >= 5.0: pip install 'sail_ops[model]'"
         ) from error
     ExpertsInterface.register(name, sail_experts_forward)
+    AttentionInterface.register(name, sail_attention_forward)
+    AttentionMaskInterface.register(name, sail_attention_mask)
 
 
 def sail_experts_forward(

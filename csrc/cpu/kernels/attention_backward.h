@@ -1,5 +1,6 @@
 // Gradients of attention from a block of rows, with P recomputed from lse; s, dp [rows, keys]:
-//   p = exp(scale * q . k^T - lse)   dp = dout . v^T   ds = p * (dp - delta)
+//   p = exp(scale * q . k^T - lse)   dp = dout . v^T   ds = p * (dp - delta + dlse)
+//   delta = <dout, out>
 //   dq = scale * ds . k              dv += p^T . dout  dk += ds^T . q
 // Five products, each computed once: dq is whole after all blocks of keys, dk and dv belong to the caller, who adds the
 // blocks of rows in a fixed order.
@@ -11,6 +12,7 @@ template <class T> struct BackwardState {
   Group<T>*q, *dout;  // row form
   Group<T>*q_panels, *dout_panels;
   float* dq;                        // [M, width]
+  float* factor;                    // [M], of p
   float *s, *dp;                    // [kOuterTile, kBlock]
   Group<T>* ds;                     // [kOuterTile, kGroupStride], row form
   Group<T>*p_columns, *ds_columns;  // of the whole block, column form
@@ -21,6 +23,7 @@ template <class T> struct BackwardState {
         q_panels(s0.take<Group<T>>(kGroups * width)),
         dout_panels(s0.take<Group<T>>(kGroups * width)),
         dq(s0.take<float>(kBlock<T> * width)),
+        factor(s0.take<float>(kBlock<T>)),
         s(s0.take<float>(kOuterTile * kBlock<T>)),
         dp(s0.take<float>(kOuterTile * kBlock<T>)),
         ds(s0.take<Group<T>>(kOuterTile * kGroupStride)),
@@ -28,22 +31,34 @@ template <class T> struct BackwardState {
         ds_columns(s0.take<Group<T>>(kGroups * kColumnStride<T>)) {}
 };
 
-// One row of a tile: p in place of its scores, zero where a key is not seen. Returns delta. Where the row sees no key but
-// these, delta is summed from p and dp: <dout, out> has the rounding of out, which shows where the keys are few.
+// One row of a tile: its scores become p / factor, zero where a key is not seen.
+// Where the row sees no key but these, the softmax is done again instead of taken from lse, and delta is the sum of p dp:
+// the rounding of lse and, in <dout, out>, that of out would show where the keys are few.
+struct Factors {
+  float p, delta, dlse;  // ds = p * ((dp - delta) + dlse)
+};
 template <class T>
-static float probabilities(const AttentionBackward& b, int64_t m, int64_t k0, int64_t columns, float* s,
-                           const float* dp) {
+static Factors probabilities(const AttentionBackward& b, float factor, int64_t m, int64_t k0, int64_t columns, float* s,
+                             const float* dp) {
   const int64_t visible = b.limit[m] - k0;
-  const vf scale = set1(b.scale), lse = set1(b.lse[m]);
+  const bool whole = visible > 0 && b.limit[m] <= kBlock<T>;
+  const vf scale = set1(b.scale);
+  vf shift = set1(b.lse[m]);
+  if (whole) {
+    vf most = set1(-INFINITY);
+    for (int64_t c = 0; c < visible; c += W)
+      most = vmax(most, keep_first(score<T>(s + c, scale), visible - c < W ? visible - c : W, -INFINITY));
+    shift = set1(max_lane(most));
+  }
   vf total = {}, dot = {};
   for (int64_t c = 0; c < columns; c += W) {
-    vf p = vexp(score<T>(s + c, scale) - lse), d = load(dp + c);
+    vf p = vexp(score<T>(s + c, scale) - shift), d = load(dp + c);
     if (c + W > visible) p = keep_first(p, visible - c, 0), d = keep_first(d, visible - c, 0);
     store(s + c, p);
-    total += p;
-    dot = fma(p, d, dot);
+    if (whole) total += p, dot = fma(p, d, dot);
   }
-  return (b.limit[m] <= kBlock<T> ? sum(dot) / sum(total) : b.dout_out[m]) - b.dlse[m];
+  if (!whole) return {factor, b.dout_out[m], b.dlse[m]};
+  return {1 / sum(total), sum(dot) / sum(total), b.dlse[m]};
 }
 
 // Rows m and m + 1 (m even; the second may not exist), which lie at i and i + 1 of the tile.
@@ -53,18 +68,41 @@ static void gradient_pair(const AttentionBackward& b, const BackwardState<T>& st
   const bool second = m + 1 < b.M;
   float *p0 = state.s + i * kBlock<T>, *p1 = p0 + kBlock<T>;
   const float *dp0 = state.dp + i * kBlock<T>, *dp1 = dp0 + kBlock<T>;
-  const float delta0 = probabilities<T>(b, m, k0, columns, p0, dp0);
-  const float delta1 = second ? probabilities<T>(b, m + 1, k0, columns, p1, dp1) : 0;
+  const Factors f0 = probabilities<T>(b, state.factor[m], m, k0, columns, p0, dp0);
+  const Factors f1 = second ? probabilities<T>(b, state.factor[m + 1], m + 1, k0, columns, p1, dp1) : Factors{};
   const int64_t n0 = b.limit[m] - k0, n1 = second ? b.limit[m + 1] - k0 : 0;
   for (int64_t c = 0; c < columns; c += W) {
-    const vf a = load(p0 + c), z = second ? load(p1 + c) : vf{};
-    vf da = a * (load(dp0 + c) - delta0), dz = z * (load(dp1 + c) - delta1);
+    const vf a = load(p0 + c) * f0.p, z = second ? load(p1 + c) * f1.p : vf{};
+    vf da = a * ((load(dp0 + c) - f0.delta) + f0.dlse), dz = z * ((load(dp1 + c) - f1.delta) + f1.dlse);
     if (c + W > n0) da = keep_first(da, n0 - c, 0);
     if (c + W > n1) dz = keep_first(dz, n1 - c, 0);
     put_row_form(state.ds, i, c, da);
     if (second) put_row_form(state.ds, i + 1, c, dz);
     put_column_form<T>(state.p_columns, m, c, a, z);
     put_column_form<T>(state.ds_columns, m, c, da, dz);
+  }
+}
+
+// In fp32 the rounding of lse would be the largest error of p: a pass of its own over the keys finds what p sums to.
+template <class T> static void find_factors(const AttentionBackward& b, const BackwardState<T>& state) {
+  for (int64_t m = 0; m < b.M; m++) state.factor[m] = 1;
+  if constexpr (sizeof(T) != 4) return;
+  const int64_t groups = groups_of<T>(b.D);
+  for (int64_t m0 = 0; m0 < b.M; m0 += kOuterTile) {
+    const int64_t m1 = m0 + kOuterTile < b.M ? m0 + kOuterTile : b.M;
+    vf total[kOuterTile] = {};
+    for (int64_t k0 = 0, index = 0; k0 < b.limit[m1 - 1]; k0 += kBlock<T>, index++) {
+      const int64_t left = b.limit[m1 - 1] - k0, seen = left < kBlock<T> ? left : kBlock<T>;
+      product_along_d<T>(state.q + m0 * kGroupStride, m1 - m0,
+                         reinterpret_cast<const Group<T>*>(b.k_transposed + index * attention_pack_bytes(b.D)), groups,
+                         seen, state.s);
+      for (int64_t m = m0; m < m1; m++)
+        for (int64_t c = 0; c < seen && k0 + c < b.limit[m]; c += W)
+          total[m - m0] +=
+              keep_first(vexp(load(state.s + (m - m0) * kBlock<T> + c) - b.lse[m]), b.limit[m] - k0 - c, 0);
+    }
+    for (int64_t m = m0; m < m1; m++)
+      if (b.limit[m] > 0) state.factor[m] = 1 / sum(total[m - m0]);
   }
 }
 
@@ -113,6 +151,7 @@ template <class T> void attention_backward_kernel(const AttentionBackward& b) {
   pack_row_form<T>(b.dout, b.M, b.D, state.dout);
   pack_panels<T>(reinterpret_cast<const T* const*>(b.q), b.M, b.D, state.q_panels);
   pack_panels<T>(reinterpret_cast<const T* const*>(b.dout), b.M, b.D, state.dout_panels);
+  find_factors(b, state);
   memset(state.dq, 0, b.M * width * sizeof(float));
   const int64_t end = b.limit[b.M - 1];
   int64_t from = 0;  // first row that sees the block

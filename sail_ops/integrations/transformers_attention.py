@@ -1,0 +1,105 @@
+"""`attn_implementation="sail"`: `attention` and `attention_varlen` for transformers 5.x models.
+
+The attention interface hands a function q [B, H, S, A], k and v [B, G, L, A] and the mask that `sail_attention_mask`
+made for the whole model: None, or padding [B, L]. A pack's lengths come as cu_seq_lens_q and its kin, as for flash
+attention. What a model asks for beyond that (other masks, sliding windows, soft caps, sinks, dropout) raises a
+ValueError; so does torch.compile without a pack's lengths, as transformers then cannot tell a pack from a sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from sail_ops import attention, attention_varlen
+
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # keyword arguments of transformers' attention functions
+
+
+def sail_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """None where every token is real, else [B, L] bool; [B, 0] for a pack, whose lengths must come as arguments."""
+    from transformers import masking_utils
+
+    plain = (None, masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
+    if mask_function not in plain:
+        # transformers saw positions that start anew, or the model wants another mask: only the pack's lengths can tell
+        return torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+    if mask_function is masking_utils.causal_mask_function and int(q_offset) + q_length != int(kv_offset) + kv_length:
+        _refuse(f"a cache of {kv_length} tokens of which {int(q_offset) + q_length} are filled (use a dynamic cache)")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[-1] < kv_length:
+        _refuse(f"a mask of {attention_mask.shape[-1]} tokens for {kv_length} keys")
+    mask_BL = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    return None if mask_BL.all() else mask_BL
+
+
+def sail_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """out [B, S, H, A] and no attention weights."""
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            _refuse(f"{name} (in {type(module).__name__})")
+    if dropout:
+        _refuse(f"attention dropout of {dropout} (in {type(module).__name__})")
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        _refuse(f"a sliding window of {sliding_window} over {key.shape[2]} keys (in {type(module).__name__})")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        if q.shape[0] != 1:
+            _refuse(f"cu_seq_lens_q with a batch of {q.shape[0]}, want one packed stream")
+        longest_q, longest_k = _longest(cu_seq_lens_q, max_length_q), _longest(cu_seq_lens_k, max_length_k)
+        lengths = cu_seq_lens_q.int(), cu_seq_lens_k.int(), longest_q, longest_k
+        out = attention_varlen(q[0], k[0], v[0], *lengths, causal=causal, softmax_scale=scaling)
+        return cast(Tensor, out)[None], None
+    if attention_mask is None:
+        return cast(Tensor, attention(q, k, v, causal=causal, softmax_scale=scaling)), None
+    if attention_mask.dim() != 2 or not attention_mask.shape[1]:
+        _refuse(
+            f"a mask that is neither causal nor padding (in {type(module).__name__}); for a pack pass cu_seq_lens_q"
+        )
+    return _padded(q, k, v, attention_mask, causal, scaling), None
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, mask_BL: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """The real tokens as a pack; rows of padding give zeros. Queries are the last tokens of the mask."""
+    real_q, real_k = mask_BL[:, -q.shape[1] :], mask_BL
+    cu_q, cu_k = (nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).int() for m in (real_q, real_k))
+    longest = q.shape[1], k.shape[1]
+    pack = q[real_q], k[real_k], v[real_k], cu_q, cu_k, *longest
+    out = cast(Tensor, attention_varlen(*pack, causal=causal, softmax_scale=scale))
+    return torch.zeros_like(q, memory_format=torch.contiguous_format).index_put((real_q,), out)
+
+
+def _longest(cu_seqlens: Tensor, given: int | None) -> int:
+    return int(cu_seqlens.diff().max()) if given is None else int(given)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(f'attn_implementation="sail": got {what}, which has no kernel here; "sdpa" or "eager" has')
