@@ -1,12 +1,17 @@
 """The attention kernels of csrc/cuda/kernels on an emulated GPU: masks, tails, packs, splits."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulated
+import emulated_library
 import pytest
 import torch
 from cuda_attention import DTYPES, Case, Inputs, Outputs, assert_accurate, backward, decode, forward, inputs
+
+import sail_ops
+from sail_ops import reference, testing
 
 pytestmark = pytest.mark.cpu_only  # it emulates a card whatever runs the operators
 
@@ -98,6 +103,41 @@ def test_splits(library: emulated.Library) -> None:
             splits, chunk = (library.number(name, keys, blocks, 108, 256) for name in ("splits", "chunk"))
             assert chunk % 256 == 0 and (splits - 1) * chunk < keys <= splits * chunk
             assert splits == 1 or (splits - 1) * blocks < 2 * 108
+
+
+@pytest.fixture
+def library_of_operators() -> Iterator[None]:
+    with emulated_library.emulated():
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("S, L, G, D", [(130, 140, 2, 64), (3, 600, 1, 80)], ids=["blocks", "splits"])
+def test_operators(library_of_operators: None, S: int, L: int, G: int, D: int) -> None:
+    """The host's checks, choice and launches, from the public functions."""
+    q = testing.random(2, S, 4, D, dtype=torch.bfloat16).requires_grad_()
+    k, v = (testing.random(2, L, G, D, dtype=torch.bfloat16, seed=s).requires_grad_() for s in (1, 2))
+    testing.check_op(sail_ops.attention, reference.attention, q, k, v, causal=True)
+    cu = [torch.tensor([0, n // 3, n // 3, n], dtype=torch.int32) for n in (S, L)]
+    pack = [t[0].detach().requires_grad_() for t in (q, k, v)]
+    testing.check_op(sail_ops.attention_varlen, reference.attention_varlen, *pack, *cu, S, L)
+
+
+@pytest.mark.slow
+def test_errors(library_of_operators: None) -> None:
+    q, k = torch.zeros(1, 5, 4, 80, dtype=torch.bfloat16), torch.zeros(1, 7, 2, 80, dtype=torch.bfloat16)
+    shifted = torch.zeros(1, 5, 4, 84, dtype=torch.bfloat16)[..., 4:]
+    cases = {
+        "q: got float32, expected bfloat16 or float16": (q.float(), k.float(), k.float()),
+        "q: got a head dim of 60, expected a multiple of 8": (q[..., :60], k[..., :60], k[..., :60]),
+        "k: got shape .* expected a head dim of 80": (q, k[..., :72], k[..., :72]),
+        "q: got 3 heads, expected a multiple of k's 2": (q[:, :, :3], k, k),
+        "v: got shape .* expected k's shape": (q, k, k[:, :5]),
+        "q: got strides .* expected contiguous rows .* on 16 bytes": (shifted, k, k),
+    }
+    for said, arguments in cases.items():
+        with pytest.raises(ValueError, match=said):
+            sail_ops.attention(*arguments)
 
 
 FORWARD, BACKWARD, TILE = (f"attention_{part}_sm80.cuh" for part in ("forward", "backward", "tile"))
