@@ -62,15 +62,14 @@ void weight_gradient(const Problem& p, const char* dy, char* dw) {
     for_pieces(0, rows, most, [&](int64_t m0, int64_t m1) { tasks.push_back({0, e, m0, m1, 0, columns}); });
   }
   run_tasks(tasks, num_threads(), scratch_bytes, [&](const Task& t, char* scratch) {
-    std::vector<const void*> x_rows, dy_rows;
-    for (int64_t r = p.offsets[t.e]; r < p.offsets[t.e + 1]; r++) {
-      x_rows.push_back(p.x_row(r));
-      dy_rows.push_back(dy + r * p.n * p.bytes);
-    }
-    const auto& a = p.k_contiguous ? dy_rows : x_rows;
-    const auto& b = p.k_contiguous ? x_rows : dy_rows;
+    const int64_t r0 = p.offsets[t.e], R = p.offsets[t.e + 1] - r0;
+    const auto x_row = [&](int64_t r) -> const void* { return p.x_row(r0 + r); };
+    const auto dy_row = [&](int64_t r) -> const void* { return dy + (r0 + r) * p.n * p.bytes; };
     char* out = dw + (t.e * rows + t.m0) * columns * p.bytes;
-    wgrad_block(p.dtype, false, a, b, t.m0, t.m1 - t.m0, columns, out, Output::overwrite, scratch);
+    const auto block = [&](const auto& a, const auto& b) {
+      wgrad_block(p.dtype, false, R, a, b, t.m0, t.m1 - t.m0, columns, out, Output::overwrite, scratch);
+    };
+    p.k_contiguous ? block(dy_row, x_row) : block(x_row, dy_row);
   });
 }
 

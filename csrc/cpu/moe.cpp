@@ -57,12 +57,6 @@ Rows sorted_rows(const Check& c, const Tensor& offsets, const OptTensor& weights
   return rows;
 }
 
-template <size_t N> Tensor empty_huge(const Tensor& like, const int64_t (&sizes)[N], int32_t dtype) {
-  Tensor t = like.empty(sizes, dtype);
-  advise_huge_pages(t.data(), t.numel() * (dtype == aoti_torch_dtype_float32() ? 4 : 2));
-  return t;
-}
-
 Tensor saved_h(const Layer& l, const Tensor& x, int64_t rows, bool save) {
   return empty_huge(x, {save ? rows : 0, 2 * l.F}, x.dtype());
 }

@@ -31,7 +31,7 @@ struct Pass {
   void activations(const Task& t, char* scratch) const;
   void dx(const Task& t, char* scratch) const;
   void wgrad(const Task& t, char* scratch) const;
-  void biases(const Task& t) const;
+  void biases(const Task& t, char* scratch) const;
 };
 
 // scratch: dA [M, columns] fp32, outer_gemm's own, and for a forgotten pre-activation one block of h and its products
@@ -89,26 +89,26 @@ void Pass::wgrad(const Task& t, char* scratch) const {
   const int64_t out_bytes = as.fp32 ? 4 : l.bytes;
   char* out =
       (down ? g.down + t.e * l.D * l.F * out_bytes : g.gate_up.half(t.kind == kDup, t.e)) + t.m0 * N * out_bytes;
-  std::vector<const void*> a_rows(R), b_rows(R);
-  for (int64_t r = 0; r < R; r++) {
-    a_rows[r] = down ? dy_row(r0 + r) : dh_row(r0 + r, t.kind == kDup);
-    b_rows[r] = down ? a_weighted.get() + (r0 + r) * l.F * l.bytes : l.x_row(rows, r0 + r);
-  }
-  wgrad_block(l.dtype, as.fp32, a_rows, b_rows, t.m0, M, N, out, as.accumulate ? Output::accumulate : Output::overwrite,
-              scratch);
+  wgrad_block(
+      l.dtype, as.fp32, R,
+      [&](int64_t r) -> const void* { return down ? dy_row(r0 + r) : dh_row(r0 + r, t.kind == kDup); },
+      [&](int64_t r) -> const void* {
+        return down ? a_weighted.get() + (r0 + r) * l.F * l.bytes : l.x_row(rows, r0 + r);
+      },
+      t.m0, M, N, out, as.accumulate ? Output::accumulate : Output::overwrite, scratch);
 }
 
-void Pass::biases(const Task& t) const {
+void Pass::biases(const Task& t, char* scratch) const {
   const int64_t r0 = rows.offsets[t.e], R = rows.offsets[t.e + 1] - r0;
   const auto sum = expert_kernels().combine[dt];
-  std::vector<const void*> from(R);
+  const void** from = reinterpret_cast<const void**>(scratch);
   if (g.gate_up_bias) {
     for (int64_t r = 0; r < R; r++) from[r] = dh_row(r0 + r, 0);
-    sum(from.data(), nullptr, R, g.gate_up_bias + t.e * 2 * l.F * l.bytes, 2 * l.F);
+    sum(from, nullptr, R, g.gate_up_bias + t.e * 2 * l.F * l.bytes, 2 * l.F);
   }
   if (g.down_bias) {
     for (int64_t r = 0; r < R; r++) from[r] = dy_row(r0 + r);
-    sum(from.data(), rows.weight.data() + r0, R, g.down_bias + t.e * l.D * l.bytes, l.D);
+    sum(from, rows.weight.data() + r0, R, g.down_bias + t.e * l.D * l.bytes, l.D);
   }
 }
 
@@ -132,9 +132,10 @@ std::vector<Task> second_tasks(const Pass& p) {
 
 int64_t second_scratch(const Pass& p) {
   int64_t most = p.g.x ? kOuterRows * kBlockColumns * 4 + kOuterScratch : 0;
-  for (int64_t e = 0; e < p.l.E && (p.g.down || p.g.gate_up.gate); e++) {
+  for (int64_t e = 0; e < p.l.E; e++) {
     const int64_t R = p.rows.offsets[e + 1] - p.rows.offsets[e];
-    most = std::max(most, wgrad_scratch(R, wgrad_rows(R), std::max(p.l.D, p.l.F)));
+    const bool weights = p.g.down || p.g.gate_up.gate;
+    most = std::max(most, weights ? wgrad_scratch(R, wgrad_rows(R), std::max(p.l.D, p.l.F)) : row_table_bytes(R));
   }
   return most;
 }
@@ -155,7 +156,7 @@ void experts_backward(const Layer& l, const Rows& rows, bool sorted, const char*
     if (t.kind == kDx)
       p.dx(t, scratch);
     else if (t.kind == kBias)
-      p.biases(t);
+      p.biases(t, scratch);
     else
       p.wgrad(t, scratch);
   });

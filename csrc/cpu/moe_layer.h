@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../torch/moe.h"
+#include "huge.h"
 #include "kernels/elements.h"
 #include "kernels/experts.h"
 #include "kernels/gemm.h"
@@ -45,25 +46,30 @@ inline int64_t block_rows(int64_t row_bytes) { return std::clamp<int64_t>((512 <
 // ---- weight gradients, shared with grouped_mm
 // Bytes for the packed operands of one task of M outputs times N: all of them where they are few, at most 1.5 MB of
 // them at a time where they are many.
-inline int64_t wgrad_scratch(int64_t R, int64_t M, int64_t N) {
+inline int64_t packed_bytes(int64_t R, int64_t M, int64_t N) {
   return std::max(wgrad_scratch(R, M), std::min<int64_t>(1536 << 10, (R + 1) * (M + N + 128) * 4));
 }
+// Pointers to the R rows of two operands.
+inline int64_t row_table_bytes(int64_t R) { return (2 * R * static_cast<int64_t>(sizeof(void*)) + 63) / 64 * 64; }
+inline int64_t wgrad_scratch(int64_t R, int64_t M, int64_t N) { return row_table_bytes(R) + packed_bytes(R, M, N); }
 
 // Outputs a task: few enough that its packed columns stay below 1 MB, however many rows the expert has.
 inline int64_t wgrad_rows(int64_t R) { return std::clamp<int64_t>((1 << 20) / (4 * (R + 1)) - 64, 12, 384); }
 
-// out[m] (+)= sum_r a_rows[r][m0 + m] * b_rows[r][:], m < M; an expert without rows has an exact zero gradient.
-inline void wgrad_block(DType dtype, bool fp32, const std::vector<const void*>& a_rows,
-                        const std::vector<const void*>& b_rows, int64_t m0, int64_t M, int64_t N, char* out,
-                        Output mode, void* scratch) {
-  const int64_t R = static_cast<int64_t>(a_rows.size());
+// out[m] (+)= sum over r < R of a_row(r)[m0 + m] * b_row(r)[:], m < M; an expert without rows has an exact zero gradient.
+template <class A, class B>
+void wgrad_block(DType dtype, bool fp32, int64_t R, A&& a_row, B&& b_row, int64_t m0, int64_t M, int64_t N, char* out,
+                 Output mode, char* scratch) {
   if (R == 0) {
     if (mode == Output::overwrite) std::fill(out, out + M * N * (fp32 || dtype == DType::f32 ? 4 : 2), 0);
     return;
   }
+  const void** a_rows = reinterpret_cast<const void**>(scratch);
+  const void** b_rows = a_rows + R;
+  for (int64_t r = 0; r < R; r++) a_rows[r] = a_row(r), b_rows[r] = b_row(r);
   const auto& table = fp32 ? gemm_kernels().wgrad_gemm_f32 : gemm_kernels().wgrad_gemm;
   table[static_cast<int>(dtype)](
-      {a_rows.data(), b_rows.data(), R, m0, M, N, out, N, mode, scratch, wgrad_scratch(R, M, N)});
+      {a_rows, b_rows, R, m0, M, N, out, N, mode, scratch + row_table_bytes(R), packed_bytes(R, M, N)});
 }
 
 // int32 cumulative ends [E] as offsets [E + 1]

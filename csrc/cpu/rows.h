@@ -4,18 +4,10 @@
 
 #include <algorithm>
 
-#include "../torch/checks.h"
-#include "workspace.h"
+#include "huge.h"
 
 namespace sail::cpu {
 inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
-
-// A new contiguous tensor like t, in huge pages where it is large enough for them.
-inline Tensor huge_like(const Tensor& t) {
-  Tensor out = t.empty_like();
-  advise_huge_pages(out.data(), out.numel() * (out.dtype() == aoti_torch_dtype_float32() ? 4 : 2));
-  return out;
-}
 
 // Whether a result of this size is stored past the caches: where it and as much input overflow the last one, its lines
 // would be read first and driven out again before anyone needs them. A store is 64 bytes, aligned.
