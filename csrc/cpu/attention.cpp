@@ -2,8 +2,7 @@
 // expensive first, so that ragged packs balance. Few queries against many keys are split over the keys instead.
 #include "attention.h"
 
-#include <cmath>
-
+#include "../torch/attention.h"
 #include "kernels/gemm.h"
 
 namespace sail::cpu {
@@ -22,19 +21,14 @@ Attention check_tensors(const Check& c, const Tensor& q, const Tensor& k, const 
   check_heads(c, "q", q, q);
   check_heads(c, "k", k, q);
   check_heads(c, "v", v, q);
-  const int64_t H = q.size(-2), G = k.size(-2), D = q.size(-1);
+  const int64_t D = q.size(-1);
   c.that(D >= 1 && D <= kMaxHeadDim, "q", "a head dim of " + std::to_string(D), "1 to " + std::to_string(kMaxHeadDim));
-  c.that(k.size(-1) == D, "k", "shape " + shape_text(k), "a head dim of " + std::to_string(D) + ", as q has");
-  c.positive("k", "heads", G);
-  c.that(H > 0 && H % G == 0, "q", std::to_string(H) + " heads", "a multiple of k's " + std::to_string(G));
-  c.that(std::equal(k.sizes(), k.sizes() + k.dim(), v.sizes()), "v", "shape " + shape_text(v),
-         "k's shape, " + shape_text(k));
-  c.that(std::isfinite(scale), "softmax_scale", std::to_string(scale), "a finite number");
+  check_attention_shapes(c, q, k, v, scale);
   const int64_t bytes = element_size(dtype);
   return {dtype,
           bytes,
-          H,
-          G,
+          q.size(-2),
+          k.size(-2),
           D,
           causal,
           static_cast<float>(scale),
@@ -45,34 +39,12 @@ Attention check_tensors(const Check& c, const Tensor& q, const Tensor& k, const 
           0,
           {}};
 }
-
-// int32 [n + 1] from 0 to `total`, steps of at most `most`
-void check_cu_seqlens(const Check& c, const char* arg, const Tensor& cu, const Tensor& q, int64_t total, int64_t most) {
-  c.same_device(arg, cu, q);
-  c.dtype(arg, cu, aoti_torch_dtype_int32());
-  c.rank(arg, cu, 1);
-  c.contiguous(arg, cu);
-  c.that(cu.size(0) >= 1, arg, "no element", "[sequences + 1]");
-  const int32_t* ends = cu.ptr<const int32_t>();
-  const int64_t n = cu.size(0) - 1;
-  c.that(ends[0] == 0, arg, "first element " + std::to_string(ends[0]), "0");
-  for (int64_t i = 0; i < n; i++) {
-    c.that(ends[i + 1] >= ends[i], arg, std::to_string(ends[i + 1]) + " after " + std::to_string(ends[i]),
-           "offsets that never fall");
-    c.that(ends[i + 1] - ends[i] <= most, arg, "a sequence of " + std::to_string(ends[i + 1] - ends[i]),
-           "at most max_seqlen = " + std::to_string(most));
-  }
-  c.that(ends[n] == total, arg, "last element " + std::to_string(ends[n]),
-         std::to_string(total) + ", the tokens there");
-}
 }  // namespace
 
 Attention check_attention(const Check& c, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                           bool causal) {
   c.rank("q", q, 4);
   Attention a = check_tensors(c, q, k, v, scale, causal);
-  c.that(k.size(0) == q.size(0), "k", "shape " + shape_text(k),
-         "a batch of " + std::to_string(q.size(0)) + ", as q has");
   a.lse_head = q.size(1), a.lse_batch = a.H * a.lse_head;
   for (int64_t b = 0; b < q.size(0); b++) a.sequences.push_back({b, 0, q.size(1), 0, k.size(1)});
   return a;
@@ -82,11 +54,11 @@ Attention check_attention_varlen(const Check& c, const Tensor& q, const Tensor& 
                                  const Tensor& cu_k, int64_t max_q, int64_t max_k, double scale, bool causal) {
   c.rank("q", q, 3);
   Attention a = check_tensors(c, q, k, v, scale, causal);
-  check_cu_seqlens(c, "cu_seqlens_q", cu_q, q, q.size(0), max_q);
-  check_cu_seqlens(c, "cu_seqlens_k", cu_k, q, k.size(0), max_k);
-  c.that(cu_k.size(0) == cu_q.size(0), "cu_seqlens_k", shape_text(cu_k), shape_text(cu_q) + ", as cu_seqlens_q");
-  a.lse_head = q.size(0);
+  check_cu_seqlens(c, cu_q, cu_k, q);
   const int32_t *eq = cu_q.ptr<const int32_t>(), *ek = cu_k.ptr<const int32_t>();
+  check_cu_values(c, "cu_seqlens_q", eq, cu_q.size(0), q.size(0), max_q);
+  check_cu_values(c, "cu_seqlens_k", ek, cu_k.size(0), k.size(0), max_k);
+  a.lse_head = q.size(0);
   for (int64_t i = 0; i + 1 < cu_q.size(0); i++)
     a.sequences.push_back({0, eq[i], eq[i + 1] - eq[i], ek[i], ek[i + 1] - ek[i]});
   return a;
