@@ -141,7 +141,9 @@ for x, weight in [((2, 8), 7), ((2, 0), 0)]:
 def test_cuda_library_loads_registers_and_checks(tmp_path: Path):
     """With an empty stand-in for libtorch_cuda: its host code runs up to the launch, which only a card can do."""
     library(_library.CUDA_LIBRARY)
-    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+    header = (ROOT / "csrc/torch/stable_abi_cuda.h").read_text()
+    functions = re.findall(r"AOTITorchError (aoti_torch_\w+)\(", header)
+    source = "".join(f'extern "C" int {name}() {{ return 1; }}\n' for name in functions)
     (tmp_path / "cuda.cpp").write_text(source)
     stand_in = str(tmp_path / "libtorch_cuda.so")
     built = run(
