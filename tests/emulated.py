@@ -31,7 +31,8 @@ def compile(source: Path, folder: Path, *defines: str, mutate: Callable[[Path], 
     out = folder / f"{source.stem}.so"
     flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w", "-DSAIL_EMULATE_CUDA"]
     # no TLS wrapper: __shared__ is thread_local, and what `extern __shared__` names needs no constructor
-    flags += ["-fno-extern-tls-init", "-fPIC", "-shared"]
+    # -fno-gnu-unique: several libraries are in one process, each with an emulation of its own
+    flags += ["-fno-extern-tls-init", "-fno-gnu-unique", "-fPIC", "-shared"]
     includes = [f"-I{EMULATION}", f"-I{kernels}"]
     flags += [f"-D{d}" for d in defines]
     subprocess.run(["g++", *flags, *includes, "-x", "c++", str(source), "-o", str(out)], check=True)

@@ -26,7 +26,7 @@ FOLDER = Path(tempfile.gettempdir()) / f"sail_ops_emulated_{os.getuid()}"
 LAUNCH = re.compile(r"([\w<>:, ]+?)\s*<<<(.+?)>>>\(", re.S)
 # -O1: half of -O2's time to compile, and the tests' cases are small. TLS: see tests/emulated.py
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-extern-tls-init", "-w"]
-FLAGS += ["-U_FORTIFY_SOURCE", "-DSAIL_EMULATE_CUDA", '-DSAIL_CUDA_ARCHS="80"']
+FLAGS += ["-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-DSAIL_EMULATE_CUDA", '-DSAIL_CUDA_ARCHS="80"']
 
 
 @contextmanager
