@@ -100,7 +100,7 @@ def fused_experts(dtype: torch.dtype) -> None:
 def attention(dtype: torch.dtype) -> None:
     pool = {"outputs[0]": 64, "args[0]": 256, "args[1]": 1024, "args[2]": 1024}
     for S, L in ((140, 150), (7, 600)):
-        shapes = (1, S, 4, 72), (1, L, 2, 72), (1, L, 2, 72)
+        shapes = (1, S, 16, 72), (1, L, 2, 72), (1, L, 2, 72)  # more blocks of rows than parts
         q, k, v = (testing.random(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes))
         k = (k * torch.linspace(0.5, 1.5, L).to(dtype)[:, None, None]).detach().requires_grad_()  # maxima that rise
         kwargs = {"causal": True, "return_lse": True}
