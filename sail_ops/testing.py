@@ -69,7 +69,7 @@ class AttentionCase(NamedTuple):
 ATTENTION_CASES: dict[str, AttentionCase] = {
     "one_token": AttentionCase(8, 1, 1, 4, 2, 64, causal=True),
     "odd": AttentionCase(1, 199, 199, 4, 2, 80, causal=True),
-    "full": AttentionCase(2, 131, 131, 3, 3, 72),
+    "full": AttentionCase(4, 131, 131, 3, 3, 72),
     "one_key_head": AttentionCase(1, 70, 70, 6, 1, 96, causal=True),
     "more_keys": AttentionCase(1, 61, 150, 4, 2, 64, causal=True),
     "fewer_keys": AttentionCase(1, 150, 33, 4, 2, 64),

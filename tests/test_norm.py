@@ -59,9 +59,10 @@ def test_few_columns(isa: str, dtype: torch.dtype, D: int) -> None:
 @DTYPES
 def test_small_values_show_eps(isa: str, dtype: torch.dtype) -> None:
     x, residual, weight = inputs((33, 256), dtype, scale=1e-2)
+    pool = dict.fromkeys(("outputs[0]", "outputs[1]", "args[0]", "args[1]"), 33)  # a row shares the error of its scale
     for eps in (1e-6, 1e-5):
-        testing.check_op(sail_ops.rms_norm, reference.rms_norm, x, weight, eps)
-        testing.check_op(sail_ops.add_rms_norm, reference.add_rms_norm, x, residual, weight, eps)
+        testing.check_op(sail_ops.rms_norm, reference.rms_norm, x, weight, eps, pool=pool)
+        testing.check_op(sail_ops.add_rms_norm, reference.add_rms_norm, x, residual, weight, eps, pool=pool)
     with pytest.raises(AssertionError, match="budget"):
         testing.check_op(lambda x, w: sail_ops.rms_norm(x, w, 1e-5), reference.rms_norm, x, weight)
 

@@ -111,7 +111,7 @@ void turn_into_gradient(const Head& h, const Values& values, const Tensor& logit
 // The chunks: gather, logits, statistics, and the gradients that have a tensor to go to.
 void run(const Head& h, Values& values, const Tensor* dhidden, const Tensor* dlm_head) {
   const int64_t N = h.N(), D = h.D, V = h.V;
-  if (dhidden) std::memset(dhidden->data(), 0, h.T * h.row_bytes);  // of tokens without a label
+  if (dhidden && h.T) std::memset(dhidden->data(), 0, h.T * h.row_bytes);  // of tokens without a label
   if (dlm_head && !N) std::memset(dlm_head->data(), 0, V * h.row_bytes);
   if (!N) return;
   int64_t chunks = (N + kChunk - 1) / kChunk;

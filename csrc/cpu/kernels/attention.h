@@ -11,7 +11,7 @@ constexpr int64_t kMaxAttentionRows = 128;  // of a block, for any dtype
 static constexpr int64_t attention_width(int64_t D) { return (D + 31) / 32 * 32; }  // D in whole panels of any ISA
 static constexpr int64_t attention_pack_bytes(int64_t D) {
   return 256 * attention_width(D);
-}                                                                              // of one block, either form
+}  // of one block, either form
 constexpr int64_t kForwardScratch = 512 << 10, kBackwardScratch = 1536 << 10;  // for any D
 
 struct AttentionPack {
