@@ -34,4 +34,4 @@ if [ $# -eq 0 ]; then  # the tests named like a host file
     [ ! -e "$test" ] || set -- "$@" "$test"
   done
 fi
-LD_PRELOAD=$preload "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@"
+LD_PRELOAD=$preload "$venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys "$@"  # sys: a report ends the process
