@@ -72,7 +72,7 @@ class LayerSteps:
 
     def _theirs(self, config: Qwen3MoeConfig, cu_seqlens: Tensor) -> Callable[[str], Tensor]:
         layer, positions = self.layers["transformers"], packed_positions(cu_seqlens)
-        cos, sin = (torch.cat((t, t), -1)[:, :, 0].to(self.x_BLD.dtype) for t in rotary_tables(positions[None], config))
+        cos, sin = (torch.cat((t, t), -1).to(self.x_BLD.dtype) for t in rotary_tables(positions[None], config))
         sequence = torch.bucketize(torch.arange(len(positions)), cu_seqlens[1:], right=True)
         mask = ((sequence[:, None] == sequence) & (positions[:, None] >= positions))[None, None]
         arguments = {"attention_mask": mask, "position_embeddings": (cos, sin)}
