@@ -40,7 +40,8 @@ def test_fused_experts(
     else:
         steps = Layer(case)
     samples = harness.interleave(benchmark, steps, "sail", peers_of(case), budget=BUDGET[case.size])
-    record(benchmark, case, steps.hit, samples, limits)
+    seconds = benchmark.stats.stats.median
+    harness.record(benchmark, samples, **limits.rates(case, steps.hit, seconds))
 
 
 @pytest.mark.parametrize("case", [ARTEFACT], ids=lambda case: f"{case.id}-stock-eager-artefact")
@@ -49,7 +50,8 @@ def test_stock_eager(benchmark: BenchmarkFixture, case: MoeCase, limits: Limits)
     steps = Layer(case)
     harness.timed(steps, "sail")
     samples = harness.interleave(benchmark, steps, "sail", ["stock_eager"], budget=0, warm_up=False)
-    record(benchmark, case, steps.hit, samples, limits)
+    seconds = benchmark.stats.stats.median
+    harness.record(benchmark, samples, **limits.rates(case, steps.hit, seconds))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -62,24 +64,3 @@ def test_memory(benchmark: BenchmarkFixture, dtype: str, memory_worker: Worker) 
         family="moe", kind="memory", case=vars(case), memory={name: layer.memory(name) for name in names}
     )
     benchmark.pedantic(layer.run, ("sail",), setup=lambda: layer.prepare("sail"))
-
-
-def record(
-    benchmark: BenchmarkFixture, case: MoeCase, hit: float, samples: dict[str, list[float]], limits: Limits
-) -> None:
-    """Rates of ours, ratios to the peers, fractions of the limits."""
-    seconds = benchmark.stats.stats.median
-    read, written = case.weight_traffic(hit)
-    gflops, traffic = case.flops / seconds / 1e9, (read + written) / seconds / 1e9
-    harness.record(
-        benchmark,
-        samples,
-        family="moe",
-        kind=case.mode,
-        case=vars(case) | vars(case.sizes) | {"experts_hit": hit},
-        gflops=gflops,
-        weights_gb_s=traffic,
-        of_dense_mm=gflops / limits.dense_gflops[case.dtype],
-        of_read_bandwidth=traffic / limits.read_gb_s,
-        of_limit=limits.seconds(case.dtype, case.flops, read, written) / seconds,
-    )

@@ -38,20 +38,10 @@ def test_fused_experts(benchmark: BenchmarkFixture, case: MoeCase, cuda_limits: 
     """Forward, or forward and backward for x, both weights and the routing weights."""
     steps, peers = Layer(case), peers_of(case)
     samples = events.interleave(benchmark, steps, "sail", peers, budget=BUDGET)
-    seconds = median(samples["sail"])
-    read, written = case.weight_traffic(steps.hit)
-    gflops = case.flops / seconds / 1e9
     harness.record(
         benchmark,
         samples,
-        family="moe",
-        kind=case.mode,
-        case=vars(case) | vars(case.sizes) | {"experts_hit": steps.hit},
-        gflops=gflops,
-        weights_gb_s=(read + written) / seconds / 1e9,
-        of_dense_mm=gflops / cuda_limits.dense_gflops[case.dtype],
-        of_read_bandwidth=(read + written) / seconds / 1e9 / cuda_limits.read_gb_s,
-        of_limit=cuda_limits.seconds(case.dtype, case.flops, read, written) / seconds,
+        **cuda_limits.rates(case, steps.hit, median(samples["sail"])),
         peak_bytes={name: events.peak_memory(steps, name) for name in ("sail", *peers)},
         not_measured=NOT_MEASURED | ({} if "liger" in peers else {"liger": "not installed"}),
     )

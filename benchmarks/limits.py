@@ -2,10 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
-from benchmarks.cases import DTYPES
+from benchmarks.cases import DTYPES, MoeCase
 from benchmarks.events import Events
 from benchmarks.harness import best_of
 
@@ -23,6 +24,21 @@ class Limits:
         """The least time: arithmetic and traffic overlap perfectly, each at its rate."""
         traffic = read / self.read_gb_s + written / self.write_gb_s
         return max(flops / self.dense_gflops[dtype], traffic) / 1e9
+
+    def rates(self, case: MoeCase, experts_hit: float, seconds: float) -> dict[str, Any]:
+        """What a step of an expert layer in `seconds` means: its case, its rates, their fractions of these."""
+        read, written = case.weight_traffic(experts_hit)
+        gflops, traffic = case.flops / seconds / 1e9, (read + written) / seconds / 1e9
+        return {
+            "family": "moe",
+            "kind": case.mode,
+            "case": vars(case) | vars(case.sizes) | {"experts_hit": experts_hit},
+            "gflops": gflops,
+            "weights_gb_s": traffic,
+            "of_dense_mm": gflops / self.dense_gflops[case.dtype],
+            "of_read_bandwidth": traffic / self.read_gb_s,
+            "of_limit": self.seconds(case.dtype, case.flops, read, written) / seconds,
+        }
 
     def as_dict(self) -> dict[str, object]:
         """For the JSON file."""

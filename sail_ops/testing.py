@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from . import _library
 
 MIN_ROW = 64  # an RMS over fewer elements fails by chance (K = 8: 3% of the rows of equally accurate kernels)
+CHANCE = 8.0  # k for any shape: with a dozen numbers equally accurate results differ by chance, a wrong index by 1e6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # ---- shape cases, by name

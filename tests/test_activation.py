@@ -38,7 +38,7 @@ def test_accuracy(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_any_shape_and_scale(rows: int, F: int, scale: float) -> None:
     gate = testing.random(rows, 64 * F, scale=scale).requires_grad_()
     up = testing.random(rows, 64 * F, seed=1).requires_grad_()
-    testing.check_op(sail_ops.swiglu, reference.swiglu, gate[:, :F], up[:, F : 2 * F])
+    testing.check_op(sail_ops.swiglu, reference.swiglu, gate[:, :F], up[:, F : 2 * F], k=testing.CHANCE)
 
 
 @DTYPES

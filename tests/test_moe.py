@@ -77,7 +77,7 @@ def test_any_shape_and_routing(T: int, D: int, F: int, E: int, routing: str, dat
     args = layer(ExpertsCase(T, D, F, E, K, routing))
     ids = torch.tensor(data.draw(st.lists(st.integers(-2, E + 1), min_size=T * K, max_size=T * K)), dtype=torch.int64)
     args = args if data.draw(st.booleans()) else args._replace(ids=ids.reshape(T, K))  # an expert may come twice
-    check(args, k=8)  # with a dozen numbers equally accurate results differ by chance; a wrong index is 1e6 budgets off
+    check(args, k=testing.CHANCE)
 
 
 # ---- ids

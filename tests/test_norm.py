@@ -72,7 +72,7 @@ def test_small_values_show_eps(isa: str, dtype: torch.dtype) -> None:
 def test_any_shape(rows: int, D: int, seed: int) -> None:
     x = testing.random(rows, D, seed=seed).requires_grad_()
     weight = testing.random(D, seed=seed + 1).requires_grad_()
-    testing.check_op(sail_ops.rms_norm, reference.rms_norm, x, weight)
+    testing.check_op(sail_ops.rms_norm, reference.rms_norm, x, weight, k=testing.CHANCE)
 
 
 VIEWS = {
