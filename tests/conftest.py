@@ -23,7 +23,11 @@ if DEVICE == "cuda":  # for every tensor and random number of the tests, those m
     torch.set_default_device("cuda")
     torch.Generator = partial(torch.Generator, device="cuda")  # type: ignore[misc, assignment]
 # what the CUDA kernels refuse, naming it
-NOT_ON_CUDA = ("got float32, expected bfloat16 or float16 on a CUDA device", "got rows of uneven distance")
+NOT_ON_CUDA = (
+    "got float32, expected bfloat16 or float16 on a CUDA device",
+    "got rows of uneven distance",
+    "expected a multiple of 8 up to 128 on a CUDA device",
+)
 
 
 @pytest.fixture(params=testing.cpu_isas() if DEVICE == "cpu" else [DEVICE])

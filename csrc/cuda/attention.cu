@@ -140,11 +140,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Check& c, const Attention& pro
                                             const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& out,
                                             const Tensor& lse, std::initializer_list<int64_t> lse_shape) {
   check_like(c, "dout", dout, q), check_like(c, "out", out, q);
-  for (const Tensor* t : {&lse, dlse ? &*dlse : &lse}) {
-    c.dtype("lse", *t, aoti_torch_dtype_float32());
-    c.shape("lse", *t, lse_shape);
-    c.contiguous("lse", *t);
-    c.same_device("lse", *t, q);
+  for (const auto& [arg, t] : {std::pair<const char*, const Tensor*>{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
+    c.dtype(arg, *t, aoti_torch_dtype_float32());
+    c.shape(arg, *t, lse_shape);
+    c.contiguous(arg, *t);
+    c.same_device(arg, *t, q);
   }
   const DeviceGuard guard(q.device_index());
   const Card card = card_of(c, q);

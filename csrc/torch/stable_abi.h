@@ -34,7 +34,6 @@ AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t*);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t*);
 AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
                                         AtenTensorHandle*);
-AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle, int64_t*);
 AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle, int64_t, const int64_t*, const int64_t*, int64_t,
                                               AtenTensorHandle*);
 AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
@@ -115,10 +114,9 @@ class Tensor {
   Tensor empty_like() const { return empty(sz_, nd_, dt_); }
   // A tensor on the same storage, from this one's element `first` on.
   template <size_t N> Tensor view(const int64_t (&sizes)[N], const int64_t (&strides)[N], int64_t first = 0) const {
-    int64_t offset;
     AtenTensorHandle out;
-    ok(aoti_torch_get_storage_offset(h_, &offset), "storage_offset");
-    ok(aoti_torch__reinterpret_tensor(h_, N, sizes, strides, offset + first, &out), "reinterpret_tensor");
+    // `first` alone: the shim adds this tensor's own offset into the storage
+    ok(aoti_torch__reinterpret_tensor(h_, N, sizes, strides, first, &out), "reinterpret_tensor");
     return Tensor(out);
   }
 
