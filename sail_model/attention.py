@@ -3,7 +3,7 @@
 B batch, L queries, S keys, H query heads, G key/value heads, A head dim, T tokens of a packed stream.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +40,12 @@ def causal_attention(
     """
     if pack is not None:
         lengths = pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen
-        return cast(Tensor, sail_ops.attention_varlen(q_BLHA[0], k_BSGA[0], v_BSGA[0], *lengths, causal=True))[None]
+        return sail_ops.attention_varlen(q_BLHA[0], k_BSGA[0], v_BSGA[0], *lengths, causal=True)[None]
     if mask is None:
         length = q_BLHA.shape[1]
         if length > 1:  # a static cache has room behind the keys
             k_BSGA, v_BSGA = k_BSGA[:, :length], v_BSGA[:, :length]
-        return cast(Tensor, sail_ops.attention(q_BLHA, k_BSGA, v_BSGA, causal=True))
+        return sail_ops.attention(q_BLHA, k_BSGA, v_BSGA, causal=True)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHA, k_BSGA, v_BSGA))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 

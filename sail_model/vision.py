@@ -5,8 +5,6 @@ Bidirectional attention, SwiGLU, no class token, no rotary embedding. Modules ca
 Source: SAIL-VL2 report section 2.1 and the released 2B model; the encoder is AIMv2 (arXiv 2411.14402).
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -97,7 +95,7 @@ class Attention(nn.Module):
 
     def forward(self, x_NPC: Tensor) -> Tensor:
         qkv = self.qkv(x_NPC).unflatten(-1, (3, self.num_heads, -1))
-        out_NPHA = cast(Tensor, sail_ops.attention(*qkv.unbind(2)))
+        out_NPHA = sail_ops.attention(*qkv.unbind(2))
         return self.proj(out_NPHA.flatten(2))
 
 

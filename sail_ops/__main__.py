@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import torch
 
-from . import _library, _triton
+from . import _flash_attn, _library, _triton
 
 KEYS = ("CPU", "CUDA", "PrivateUse1")  # the last is what torch calls an accelerator from outside, such as an NPU
 
@@ -26,6 +26,11 @@ def main() -> int:
     print(f"  in use: {isa} ({f'SAIL_OPS_ISA={asked}' if asked else 'the best; SAIL_OPS_ISA overrides'})")
     print(f"  threads: {torch.get_num_threads()}, torch's own")
     print(f"CUDA library  {cuda_library()}")
+    try:
+        print(f"  attention of bf16 and fp16: {_flash_attn.in_words()}")
+    except ValueError as error:  # SAIL_OPS_ATTENTION
+        print(f"  {error}")
+        return 1
     print(f"devices       {', '.join(['CPU', *cuda_devices()])}")
     print(f"\n{'operator':28}{'CPU':16}{'CUDA':16}{'PrivateUse1'}")
     triton = "triton" if _triton.installed() else "triton missing"

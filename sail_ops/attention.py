@@ -1,12 +1,12 @@
 """Flash attention, on padded batches and on packs of sequences."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _library  # noqa: F401  (registers the operators)
+from . import _flash_attn, _library  # noqa: F401  (the latter registers the operators)
 from ._autograd import in_autocast, needs_grad
 
 _attention = torch.ops.sail_ops.attention.default
@@ -15,6 +15,26 @@ _attention_varlen = torch.ops.sail_ops.attention_varlen.default
 _attention_varlen_backward = torch.ops.sail_ops.attention_varlen_backward.default
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -34,14 +54,46 @@ def attention(
     return_lse: also the log of each softmax's denominator, [B, H, S] fp32, -inf where no key is seen; differentiable.
     Returns a contiguous tensor like q. Saved for backward: q, k, v, out and lse. The gradients are the same for any
     number of threads.
+    SAIL_OPS_ATTENTION=flash_attn in the environment sends bf16 and fp16 on CUDA to the flash-attn package, if it is
+    installed; checks and error messages are then its own, and a gradient that reaches lse raises RuntimeError.
     Raises ValueError for other shapes, dtypes or strides.
     Source: Dao 2023, "FlashAttention-2"; names and alignment as in its `flash_attn_func`.
     """
     q, k, v, scale = _prepare(q, k, v, softmax_scale)
+    if _flash_attn.takes(q):
+        return _flash_attn.attention(q, k, v, scale, causal, return_lse)
     out, lse = _Attention.apply(q, k, v, scale, causal) if needs_grad(q, k, v) else _attention(q, k, v, scale, causal)
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -65,6 +117,8 @@ def attention_varlen(
     """
     q, k, v, scale = _prepare(q, k, v, softmax_scale)
     args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
+    if _flash_attn.takes(q):
+        return _flash_attn.attention_varlen(*args, return_lse)
     out, lse = _AttentionVarlen.apply(*args) if needs_grad(q, k, v) else _attention_varlen(*args)
     return (out, lse) if return_lse else out
 

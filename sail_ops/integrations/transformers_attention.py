@@ -7,7 +7,7 @@ ValueError; so does torch.compile without a pack's lengths, as transformers then
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,9 @@ def sail_attention_forward(
         longest_q, longest_k = _longest(cu_seq_lens_q, max_length_q), _longest(cu_seq_lens_k, max_length_k)
         lengths = cu_seq_lens_q.int(), cu_seq_lens_k.int(), longest_q, longest_k
         out = attention_varlen(q[0], k[0], v[0], *lengths, causal=causal, softmax_scale=scaling)
-        return cast(Tensor, out)[None], None
+        return out[None], None
     if attention_mask is None:
-        return cast(Tensor, attention(q, k, v, causal=causal, softmax_scale=scaling)), None
+        return attention(q, k, v, causal=causal, softmax_scale=scaling), None
     if attention_mask.dim() != 2 or not attention_mask.shape[1]:
         _refuse(
             f"a mask that is neither causal nor padding (in {type(module).__name__}); for a pack pass cu_seq_lens_q"
@@ -93,7 +93,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, mask_BL: Tensor, causal: bool, scal
     cu_q, cu_k = (nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).int() for m in (real_q, real_k))
     longest = q.shape[1], k.shape[1]
     pack = q[real_q], k[real_k], v[real_k], cu_q, cu_k, *longest
-    out = cast(Tensor, attention_varlen(*pack, causal=causal, softmax_scale=scale))
+    out = attention_varlen(*pack, causal=causal, softmax_scale=scale)
     return torch.zeros_like(q, memory_format=torch.contiguous_format).index_put((real_q,), out)
 
 
