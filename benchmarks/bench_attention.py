@@ -1,6 +1,7 @@
 """`attention` and `attention_varlen`, forward and with the backward, beside torch's scaled_dot_product_attention.
 
-A pack's peers are SDPA by sequence, on the padded batch, and on nested tensors (which it has not where causal).
+Sequences of one length are a batch, others a pack. A pack's peers are SDPA by sequence, on the padded batch, and on
+nested tensors (which it has not where causal).
 GFLOP/s count 4 S^2 H A forward, half of it where causal, and 3.5 times as much with the backward: seven products.
 """
 
@@ -50,29 +51,41 @@ def sized(case: Case) -> Case:
     """Tiny cases run every line; their timings mean nothing."""
     if size_name() == "full":
         return case
-    return case._replace(lengths=tuple(min(n, 16 + n % 5) for n in case.lengths), H=4, G=4 * case.G // case.H)
+    lengths = tuple(min(n, 16 + n % 5) for n in case.lengths[:8])
+    return case._replace(lengths=lengths, H=4, G=max(1, 4 * case.G // case.H))
 
 
 class AttentionSteps:
     """One case's tensors; every implementation reads the same packed q, k, v and writes one packed output."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, device: str = "cpu"):
         self.case, dtype = case, DTYPES[case.dtype]
         self.keys = list(case.lengths)
         self.queries = [case.queries or n for n in self.keys]
         shapes = (sum(self.queries), case.H), (sum(self.keys), case.G), (sum(self.keys), case.G)
         train = case.mode == "train"
-        self.inputs = [torch.randn(*shape, case.A).to(dtype).requires_grad_(train) for shape in shapes]
-        self.upstream = torch.randn(shapes[0] + (case.A,)).to(dtype)
-        self.cu_q, self.cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in (self.queries, self.keys))
-        # the padded batch's, where causality does not hide the padding
-        self.real = None if case.causal else torch.arange(max(self.keys)) < torch.tensor(self.keys)[:, None, None, None]
+        tensors = [torch.randn(*shape, case.A, device=device).to(dtype) for shape in (*shapes, shapes[0])]
+        self.inputs, self.upstream = [t.requires_grad_(train) for t in tensors[:3]], tensors[3]
+        self.cu_q, self.cu_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (self.queries, self.keys))
+        self.longest = max(self.queries), max(self.keys)
+        self.real = None  # the padded batch's mask, where causality does not hide the padding
+        if not case.causal:
+            self.real = torch.arange(max(self.keys), device=device) < self.cu_k.diff()[:, None, None, None]
         # a bottom-right mask, which SDPA's own `is_causal` is not where there are more keys than queries
         self.is_causal = case.causal and case.queries is None
         self.mask = None
         if case.causal and case.queries is not None and case.queries > 1:
             S, L = case.queries, self.keys[0]
-            self.mask = torch.ones(S, L, dtype=torch.bool).tril(L - S)
+            self.mask = torch.ones(S, L, dtype=torch.bool, device=device).tril(L - S)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the sequences are a batch."""
+        return len(set(self.keys)) == 1
+
+    def batch(self, *tensors: Tensor) -> list[Tensor]:
+        """[B, S, H, A] of sequences of one length."""
+        return [t.unflatten(0, (len(self.keys), -1)) for t in tensors]
 
     @property
     def flops(self) -> float:
@@ -86,9 +99,13 @@ class AttentionSteps:
         for tensor in self.inputs:
             tensor.grad = None
 
+    def forward(self, name: str) -> Tensor:
+        """out of the packed tensors."""
+        return IMPLEMENTATIONS[name](self, *self.inputs)
+
     def run(self, name: str) -> None:
         """One step."""
-        out = IMPLEMENTATIONS[name](self, *self.inputs)
+        out = self.forward(name)
         if self.case.mode == "train":
             out.backward(self.upstream)
 
@@ -101,11 +118,15 @@ class AttentionSteps:
 
 
 def sail(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sequence goes through `attention`, several through `attention_varlen`."""
-    if len(s.keys) == 1:
-        return sail_ops.attention(q[None], k[None], v[None], causal=s.case.causal)[0]
-    longest = max(s.queries), max(s.keys)
-    return sail_ops.attention_varlen(q, k, v, s.cu_q, s.cu_k, *longest, causal=s.case.causal)
+    """A batch goes through `attention`, a pack through `attention_varlen`."""
+    if s.uniform:
+        return sail_ops.attention(*s.batch(q, k, v), causal=s.case.causal).flatten(0, 1)
+    return sail_ops.attention_varlen(q, k, v, s.cu_q, s.cu_k, *s.longest, causal=s.case.causal)
+
+
+def batched(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One call."""
+    return s.sdpa(*s.batch(q, k, v), s.mask).flatten(0, 1)
 
 
 def by_sequence(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,7 +150,7 @@ def nested(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 IMPLEMENTATIONS: dict[str, Callable[[AttentionSteps, Tensor, Tensor, Tensor], Tensor]] = {
     "sail": sail,
-    "sdpa": by_sequence,
+    "sdpa": batched,
     "sdpa_by_sequence": by_sequence,
     "sdpa_padded": padded,
     "sdpa_nested": nested,

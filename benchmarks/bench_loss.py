@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import sail_ops
-from benchmarks import harness
+from benchmarks import harness, liger
 from benchmarks.cases import DTYPES, size_name
 from benchmarks.limits import Limits
 from benchmarks.worker import Worker
@@ -32,17 +32,24 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cross_entropy": full_logits,
     "cross_entropy_narrow": narrow_logits,
     "compiled": torch.compile(full_logits, dynamic=False),
+    "liger": liger.linear_cross_entropy,
 }
+PEERS = ("cross_entropy", "cross_entropy_narrow", "compiled")  # a card has liger too
 
 
 class LossSteps:
     """Forward and backward, gradients fresh in every step."""
 
-    def __init__(self, dtype: torch.dtype, size: str):
-        T, D, V = SHAPES[size]
-        self.hidden_TD = torch.randn(T, D).to(dtype).requires_grad_()
-        self.lm_head_VD = (torch.randn(V, D) * D**-0.5).to(dtype).requires_grad_()
-        self.labels_T = torch.randint(V, (T,))
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, int, int], device: str = "cpu"):
+        T, D, V = shape
+        self.hidden_TD = torch.randn(T, D, device=device).to(dtype).requires_grad_()
+        self.lm_head_VD = (torch.randn(V, D, device=device) * D**-0.5).to(dtype).requires_grad_()
+        self.labels_T = torch.randint(V, (T,), device=device)
+
+    @property
+    def flops(self) -> int:
+        """Of three products: logits and both gradients."""
+        return 6 * self.hidden_TD.numel() * len(self.lm_head_VD)
 
     def prepare(self, name: str) -> None:
         """Drop the gradients."""
@@ -57,17 +64,17 @@ class LossSteps:
 def test_loss(benchmark: BenchmarkFixture, dtype: str, limits: Limits, memory_worker: Worker) -> None:
     """A training step of head and loss; in fp32 both ways to `F.cross_entropy` are one."""
     size = size_name()
-    steps = LossSteps(DTYPES[dtype], size)
-    peers = [name for name in LOSSES if name != "sail" and (dtype != "fp32" or name != "cross_entropy_narrow")]
+    steps = LossSteps(DTYPES[dtype], SHAPES[size])
+    peers = [name for name in PEERS if dtype != "fp32" or name != "cross_entropy_narrow"]
     samples = harness.interleave(benchmark, steps, "sail", peers, budget=20.0 if size == "full" else 0.1)
-    memory_worker.build(LossSteps, DTYPES[dtype], size)
+    memory_worker.build(LossSteps, DTYPES[dtype], SHAPES[size])
     gradients = steps.hidden_TD.nbytes + steps.lm_head_VD.nbytes
     peaks = {}
     for name in samples:
         memory_worker.call("run", name)  # threads, libraries and compiled code are there before we look
         peaks[name] = memory_worker.call("peak_bytes", name) - gradients
     T, D, V = SHAPES[size]
-    gflops = 6 * T * D * V / benchmark.stats.stats.median / 1e9
+    gflops = steps.flops / benchmark.stats.stats.median / 1e9
     harness.record(
         benchmark,
         samples,

@@ -4,7 +4,6 @@ Times are the device's (CUDA events), medians of interleaved rounds with a cold 
 step beside each. Run one with `-k "full and T8192 and train and uniform"`.
 """
 
-from importlib.util import find_spec
 from statistics import median
 
 import pytest
@@ -22,10 +21,8 @@ NOT_MEASURED = {"sonicmoe": "needs an environment of its own: it pins torch <= 2
 
 
 def peers_of(case: MoeCase) -> list[str]:
-    """Those that are installed. The stock loop trains at one size alone: 0.3 s a step, an artefact (bench_moe.py)."""
-    peers = ["grouped_mm", "grouped_mm_compiled", "eager_unbind"]
-    if find_spec("liger_kernel"):
-        peers.append("liger")
+    """The stock loop trains at one size alone: 0.3 s a step, an artefact (bench_moe.py)."""
+    peers = ["grouped_mm", "grouped_mm_compiled", "eager_unbind", "liger"]
     if case.mode == "forward" or (case.T == 8192 and case.routing == "uniform"):
         peers.append("stock_eager")
     if case.mode == "train":
@@ -36,12 +33,12 @@ def peers_of(case: MoeCase) -> list[str]:
 @pytest.mark.parametrize("case", cuda_cases(), ids=lambda case: case.id)
 def test_fused_experts(benchmark: BenchmarkFixture, case: MoeCase, cuda_limits: Limits) -> None:
     """Forward, or forward and backward for x, both weights and the routing weights."""
-    steps, peers = Layer(case), peers_of(case)
-    samples = events.interleave(benchmark, steps, "sail", peers, budget=BUDGET)
+    steps = Layer(case)
+    samples, facts = events.measure(benchmark, steps, peers_of(case), budget=BUDGET)
     harness.record(
         benchmark,
         samples,
         **cuda_limits.rates(case, steps.hit, median(samples["sail"])),
-        peak_bytes={name: events.peak_memory(steps, name) for name in ("sail", *peers)},
-        not_measured=NOT_MEASURED | ({} if "liger" in peers else {"liger": "not installed"}),
+        peak_bytes={name: events.peak_memory(steps, name) for name in samples},
+        not_measured=NOT_MEASURED | facts["not_measured"],
     )

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 import sail_ops
-from benchmarks import harness
+from benchmarks import harness, liger
 from benchmarks.cases import DTYPES, size_name
 from benchmarks.limits import Limits
 from sail_ops import reference
 
 SHAPES = {"full": (4096, 2048), "tiny": (16, 64)}  # tokens of a micro-batch, hidden size
+Shape = tuple[int, int]
 HEADS = {"full": (32, 4, 128), "tiny": (2, 1, 16)}  # query and key heads, head dim: Qwen3-30B-A3B
 # tensors like x (of qk_norm_rope: like q and k together) read or written, forward and backward
 TRAFFIC = {"rms_norm": 5, "add_rms_norm": 8, "layer_norm": 5, "add_layer_norm": 8, "qk_norm_rope": 5, "swiglu": 8}
@@ -50,18 +51,19 @@ OPS: dict[str, dict[str, Op]] = {
     "qk_norm_rope": {"sail": sail_ops.qk_norm_rope, "torch": torch_qk_norm_rope},
     "swiglu": {"sail": sail_ops.swiglu, "torch": lambda gate, up: F.silu(gate) * up},
 }
-for name, implementations in OPS.items():  # the eager formula, compiled
-    implementations["compiled"] = torch.compile(getattr(reference, name), dynamic=False)
+for name, implementations in OPS.items():
+    implementations["compiled"] = torch.compile(getattr(reference, name), dynamic=False)  # the eager formula
+    implementations["liger"] = liger.OPS[name]
 
 
 class NormSteps:
     """Forward and backward of one operator, gradients fresh in every step."""
 
-    def __init__(self, op: str, dtype: torch.dtype, size: str):
-        self.op, shape = op, SHAPES[size]
+    def __init__(self, op: str, dtype: torch.dtype, shape: Shape, device: str = "cpu"):
+        self.op = op
         self.tables: list[Tensor] = []
         if op == "qk_norm_rope":
-            (T, _), (H, G, A) = shape, HEADS[size]
+            (T, _), (H, G, A) = shape, HEADS[size_name()]
             tensors = [torch.randn(T, H, A), torch.randn(T, G, A), torch.rand(A), torch.rand(A)]
             angles = torch.arange(T)[:, None] / 1e6 ** (torch.arange(A) % (A // 2) * 2 / A)
             self.tables = [angles.cos().to(dtype), angles.sin().to(dtype)]
@@ -72,8 +74,14 @@ class NormSteps:
             tensors = [torch.randn(shape) for _ in range(1 + pair)] + [torch.rand(shape[-1]) for _ in range(vectors)]
             shapes = [shape] * (2 if op.startswith("add") else 1)
         self.elements = sum(t.numel() for t in tensors[:2]) if self.tables else tensors[0].numel()
-        self.inputs = [t.to(dtype).requires_grad_() for t in tensors]
-        self.upstream = [torch.randn(s).to(dtype) for s in shapes]
+        self.tables = [t.to(device) for t in self.tables]
+        self.inputs = [t.to(device, dtype).requires_grad_() for t in tensors]
+        self.upstream = [torch.randn(s, device=device).to(dtype) for s in shapes]
+
+    @property
+    def traffic(self) -> int:
+        """Bytes: each input read and each result written once, forward and backward."""
+        return TRAFFIC[self.op] * self.elements * self.inputs[0].itemsize
 
     def prepare(self, name: str) -> None:
         """Drop the gradients."""
@@ -90,12 +98,11 @@ class NormSteps:
 @pytest.mark.parametrize("op", OPS)
 def test_norm(benchmark: BenchmarkFixture, op: str, dtype: str, limits: Limits) -> None:
     """A training step of one operator."""
-    size = size_name()
-    steps = NormSteps(op, DTYPES[dtype], size)
+    tokens, hidden = SHAPES[size_name()]
+    steps = NormSteps(op, DTYPES[dtype], (tokens, hidden))
     samples = harness.interleave(benchmark, steps, "sail", ["torch", "compiled"], budget=1.0)
-    tokens, hidden = SHAPES[size]
-    traffic = TRAFFIC[op] * steps.elements * DTYPES[dtype].itemsize / benchmark.stats.stats.median / 1e9
+    rate = steps.traffic / benchmark.stats.stats.median / 1e9
     case = {"op": op, "dtype": dtype, "T": tokens, "D": hidden}
     harness.record(
-        benchmark, samples, family="norm", kind="train", case=case, gb_s=traffic, of_copy=traffic / limits.copy_gb_s
+        benchmark, samples, family="norm", kind="train", case=case, gb_s=rate, of_copy=rate / limits.copy_gb_s
     )

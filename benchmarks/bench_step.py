@@ -6,15 +6,17 @@ too, and the peak of memory that a step adds is measured in a process of its own
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from torch.nn import Module
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from benchmarks import harness
+from benchmarks import harness, liger
 from benchmarks.cases import DTYPES, SIZES, size_name
 from benchmarks.limits import Limits
 from benchmarks.worker import Worker
@@ -28,22 +30,32 @@ BUDGET = {"full": 15.0, "tiny": 0.05}
 
 
 class LayerSteps:
-    """Both layers on one pack. Steps are called "sail", "transformers", and for a part "sail mlp" and so on."""
+    """Both layers on one pack. Steps are called "sail", "transformers", and for a part "sail mlp" and so on.
 
-    def __init__(self, dtype_name: str, size: str):
-        config, lengths, dtype = layer_config(size), torch.tensor(LENGTHS[size]), DTYPES[dtype_name]
+    A card has "liger" too: transformers' layer with liger-kernel's norms, rotation and experts.
+    """
+
+    def __init__(self, dtype_name: str, size: str, device: str = "cpu", lengths: tuple[int, ...] = ()):
+        self.config, self.dtype, lengths = layer_config(size), DTYPES[dtype_name], lengths or LENGTHS[size]
         torch.manual_seed(0)
-        self.layers = {"sail": DecoderLayer(config, 0).to(dtype), "transformers": meta_layer(config).to(dtype)}
-        weights = {name: fresh(p) for name, p in self.layers["sail"].named_parameters()}
-        for layer in self.layers.values():
-            layer.load_state_dict(weights, assign=True)
-        self.x_BLD = torch.randn(1, int(lengths.sum()), config.hidden_size).to(dtype).requires_grad_()
+        with torch.device(device):
+            self.layers: dict[str, Module] = {"sail": DecoderLayer(self.config, 0).to(self.dtype)}
+        self.weights = {name: fresh(p) for name, p in self.layers["sail"].named_parameters()}
+        self.layers["sail"].load_state_dict(self.weights, assign=True)
+        self.x_BLD = torch.randn(1, sum(lengths), self.config.hidden_size, device=device).to(self.dtype)
+        self.x_BLD.requires_grad_()
         self.grad_BLD = torch.randn_like(self.x_BLD)
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
-        self.calls = {"sail": self._ours(config, cu_seqlens), "transformers": self._theirs(config, cu_seqlens)}
+        self.cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        self.calls = {"sail": self._ours()}
 
     def prepare(self, name: str) -> None:
-        """Drop the gradients."""
+        """Drop the gradients; make a peer's layer where it is the first time."""
+        side = name.partition(" ")[0]
+        if side not in self.layers:
+            with liger.patched() if side == "liger" else nullcontext():
+                self.layers[side] = meta_layer(self.config).to(self.dtype)
+            self.layers[side].load_state_dict(self.weights, assign=True)
+            self.calls[side] = self._theirs(side)
         self.x_BLD.grad = None
         for layer in self.layers.values():
             layer.zero_grad(set_to_none=True)
@@ -51,12 +63,13 @@ class LayerSteps:
     def run(self, name: str) -> None:
         """One step of a layer or of a part of it."""
         side, _, part = name.partition(" ")
-        y = self.calls[side](part)
+        with liger.patched() if side == "liger" else nullcontext():
+            y = self.calls[side](part)
         y.backward(self.grad_BLD)
 
-    def _ours(self, config: Qwen3MoeConfig, cu_seqlens: Tensor) -> Callable[[str], Tensor]:
-        layer, pack = self.layers["sail"], pack_of(cu_seqlens)
-        rotation = rotary_tables(packed_positions(cu_seqlens)[None], config)
+    def _ours(self) -> Callable[[str], Tensor]:
+        layer, pack = self.layers["sail"], pack_of(self.cu_seqlens)
+        rotation = rotary_tables(packed_positions(self.cu_seqlens)[None], self.config)
         whole = {"attention_mask": None, "pack": pack, "token_mask_T": None, "past_key_values": None}
 
         def call(part: str) -> Tensor:
@@ -70,10 +83,11 @@ class LayerSteps:
 
         return call
 
-    def _theirs(self, config: Qwen3MoeConfig, cu_seqlens: Tensor) -> Callable[[str], Tensor]:
-        layer, positions = self.layers["transformers"], packed_positions(cu_seqlens)
-        cos, sin = (torch.cat((t, t), -1).to(self.x_BLD.dtype) for t in rotary_tables(positions[None], config))
-        sequence = torch.bucketize(torch.arange(len(positions)), cu_seqlens[1:], right=True)
+    def _theirs(self, side: str) -> Callable[[str], Tensor]:
+        layer, positions = self.layers[side], packed_positions(self.cu_seqlens)
+        cos, sin = (torch.cat((t, t), -1).to(self.dtype) for t in rotary_tables(positions[None], self.config))
+        tokens = torch.arange(len(positions), device=positions.device)
+        sequence = torch.bucketize(tokens, self.cu_seqlens[1:], right=True)
         mask = ((sequence[:, None] == sequence) & (positions[:, None] >= positions))[None, None]
         arguments = {"attention_mask": mask, "position_embeddings": (cos, sin)}
 
@@ -114,7 +128,7 @@ def fresh(parameter: Tensor) -> Tensor:
     """Weights that keep the size of what goes through them; the norms' are ones."""
     if parameter.dim() == 1:
         return torch.ones_like(parameter)
-    return torch.randn(parameter.shape, dtype=parameter.dtype) * parameter.shape[-1] ** -0.5
+    return torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
 
 
 @pytest.mark.parametrize("dtype", ["bf16"])

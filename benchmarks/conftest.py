@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def memory_worker() -> Iterator[Worker]:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[PARTIAL] = size_name() != "full" or any("::" in argument for argument in config.args)
     config.stash[ON_CARD] = any("_cuda" in argument for argument in config.args)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A card's files are run by name alone: one family's rows of two devices would be one file of results."""
+    return True if collection_path.name.endswith("_cuda.py") and not config.stash[ON_CARD] else None
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -134,4 +140,14 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             "device": "cuda-" + re.sub(r"\W+", "-", card.name.lower()),
             "card": {"name": card.name, "capability": f"{card.major}.{card.minor}", "bytes": card.total_memory},
             "cuda": torch.version.cuda,
+            "versions": machine_info["versions"] | installed("triton", "liger-kernel", "flash-attn"),
         }
+
+
+def installed(*names: str) -> dict[str, str]:
+    """Versions of those packages that are here."""
+    found = {}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,12 +1,14 @@
 """Timing on a card: CUDA events around a step, the second-level cache overwritten before it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness import MAX_ROUNDS, MIN_ROUNDS, Steps
 
+DEVICE = "cuda"
 FLUSH_BYTES = 256 << 20  # an H100's second-level cache holds 50 MB
 
 
@@ -18,7 +20,7 @@ class Events:
     """
 
     def __init__(self) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def time(self, function: Callable[[], object]) -> float:
@@ -29,6 +31,11 @@ class Events:
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) / 1e3
+
+    def step(self, steps: Steps, name: str) -> float:
+        """Seconds of one step, prepared outside of the clock."""
+        steps.prepare(name)
+        return self.time(lambda: steps.run(name))
 
     def best_of(self, function: Callable[[], object], repeats: int = 8) -> float:
         """Seconds of the fastest call: for limits."""
@@ -43,20 +50,15 @@ def interleave(
     pytest-benchmark's own columns are the wall clock of a few more steps of ours, launches and wait included.
     """
     events = Events()
-
-    def timed(name: str) -> float:
-        steps.prepare(name)
-        return events.time(lambda: steps.run(name))
-
     names = [ours, *peers]
     for name in names:
-        timed(name)  # compiles, tunes, allocates
-    once = sum(timed(name) for name in names)
+        events.step(steps, name)  # compiles, tunes, allocates
+    once = sum(events.step(steps, name) for name in names)
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / once)))
     samples: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            samples[name].append(timed(name))
+            samples[name].append(events.step(steps, name))
 
     def run() -> None:
         steps.run(ours)
@@ -64,6 +66,26 @@ def interleave(
 
     benchmark.pedantic(run, setup=lambda: steps.prepare(ours), rounds=MIN_ROUNDS)
     return samples
+
+
+def measure(
+    benchmark: BenchmarkFixture, steps: Steps, peers: list[str], *, budget: float
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """`interleave` of "sail" and those peers that run here, and why the others do not, for the row's facts."""
+    runs, not_measured = usable(steps, peers)
+    return interleave(benchmark, steps, "sail", runs, budget=budget), {"not_measured": not_measured}
+
+
+def usable(steps: Steps, peers: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Peers that can run a step, and what the others say: a package that is missing, a case they do not take."""
+    refused: dict[str, str] = {}
+    for name in peers:
+        try:
+            steps.prepare(name)
+            steps.run(name)
+        except Exception as error:  # whatever somebody else's code raises is a row that is not measured
+            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return [name for name in peers if name not in refused], refused
 
 
 def peak_memory(steps: Steps, name: str) -> int:

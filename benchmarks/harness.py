@@ -55,11 +55,13 @@ def interleave(
     return {ours: list(benchmark.stats.stats.data), **samples}
 
 
-def alternate(steps: Steps, names: list[str], budget: float) -> dict[str, float]:
+def alternate(
+    steps: Steps, names: list[str], budget: float, clock: Callable[[Steps, str], float] = timed
+) -> dict[str, float]:
     """Median seconds by name, in as many rounds of all names as `budget` seconds hold, 3 to 64, after a warm-up."""
-    once = sum(timed(steps, name) for name in names)
+    once = sum(clock(steps, name) for name in names)
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / once)))
-    samples = [[timed(steps, name) for name in names] for _ in range(rounds)]
+    samples = [[clock(steps, name) for name in names] for _ in range(rounds)]
     return {name: median(times) for name, times in zip(names, zip(*samples, strict=True), strict=True)}
 
 

@@ -15,6 +15,7 @@ from benchmarks.tables import (
     Row,
     infos,
     memory_table,
+    not_measured_table,
     speed_table,
     table,
     variant_table,
@@ -67,7 +68,7 @@ def summary(results: Row) -> str:
     """What a benchmark run prints at its end."""
     speed = speed_table(infos(results, "moe"))
     parts = [provenance(results), speed, speed and LEGEND, variant_table(results), memory_table(results)]
-    parts += [TABLES[family](results) for family in TABLES] + [verdict(results)]
+    parts += [TABLES[family](results) for family in TABLES] + [verdict(results), not_measured_table(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -75,8 +76,11 @@ def provenance(results: Row) -> str:
     """Machine, versions, commit and limits of a run, in two sentences."""
     info, commit = results["machine_info"], results["commit_info"]
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    cpu = info["cpu"].get("brand_raw", "unknown CPU")
+    on_card = "card" in info
+    device = f"{info['card']['name']}, CUDA {info['cuda']}" if on_card else f"{cpu}, {info['isa']}"
     text = (
-        f"{info['cpu'].get('brand_raw', 'unknown CPU')}, {info['isa']}, {info['threads']} threads; {versions}; "
+        f"{device}, {info['threads']} threads{f' of {cpu}' if on_card else ''}; {versions}; "
         f"commit {commit.get('id', 'unknown')[:10]}{' with changes' if commit.get('dirty') else ''}, "
         f"{results['datetime'][:10]}."
     )

@@ -4,7 +4,24 @@ from typing import Any
 
 Row = dict[str, Any]
 GRADIENTS = {"fresh": "fresh", "huge_pages": "fresh, 2 MiB pages", "in_place": "added in place"}
-PEERS = {"grouped_mm": "grouped_mm", "eager_unbind": "eager + unbind", "stock_eager": "stock eager"}
+PEERS = {
+    "grouped_mm": "grouped_mm",
+    "grouped_mm_compiled": "compiled",
+    "liger": "Liger",
+    "eager_unbind": "eager + unbind",
+    "stock_eager": "stock eager",
+}
+ATTENTION_PEERS = {
+    "sdpa": "SDPA",
+    "sdpa_flash": "flash",
+    "sdpa_cudnn": "cuDNN",
+    "sdpa_efficient": "efficient",
+    "sdpa_by_sequence": "by sequence",
+    "sdpa_padded": "padded",
+    "sdpa_nested": "nested",
+    "torch_varlen": "torch varlen",
+    "flash_attn": "flash-attn",
+}
 VARIANTS = {
     "sail_overwrite": "accumulate=False",
     "sail_recompute": "recompute=True",
@@ -31,16 +48,16 @@ def infos(results: Row, family: str, **wanted: str) -> list[Row]:
 
 def speed_table(rows: list[Row]) -> str:
     """A line a case: our time and rates, each peer's time over ours, fractions of the limits."""
+    shown = present(rows, PEERS)
     header = ["case", "T", "step", "ms", "GFLOP/s", "weights GB/s"]
-    header += [f"x {label}" for label in PEERS.values()] + ["of dense mm", "of read", "of limit"]
+    header += [f"x {label}" for label in shown.values()] + ["of dense mm", "of read", "of limit"]
     lines = []
     for i in rows:
         case = i["case"]
         step = "forward" if case["mode"] == "forward" else f"forward+backward, dW {GRADIENTS[case['gradients']]}"
         ours = [step, f"{i['ms']['sail']:.1f}", f"{i['gflops']:.0f}", f"{i['weights_gb_s']:.1f}"]
-        peers = [f"{i['speedup'][peer]:.2f}" if peer in i["speedup"] else "" for peer in PEERS]
         limits = [f"{i[key]:.2f}" for key in ("of_dense_mm", "of_read_bandwidth", "of_limit")]
-        lines.append([f"{case['dtype']} {case['routing']}", str(case["T"]), *ours, *peers, *limits])
+        lines.append([f"{case['dtype']} {case['routing']}", str(case["T"]), *ours, *ratios(i, shown), *limits])
     return table(header, lines)
 
 
@@ -75,15 +92,28 @@ def memory_table(results: Row) -> str:
     return table(header, lines)
 
 
+def present(rows: list[Row], peers: dict[str, str]) -> dict[str, str]:
+    """Those of `peers`, by name and label, that a row was measured with: a card has others than a CPU."""
+    return {name: label for name, label in peers.items() if any(name in i["speedup"] for i in rows)}
+
+
+def ratios(row: Row, peers: dict[str, str]) -> list[str]:
+    """The peers' times over ours, empty where one was not measured."""
+    return [f"{row['speedup'][peer]:.2f}" if peer in row["speedup"] else "" for peer in peers]
+
+
 def norm_table(results: Row) -> str:
     """A line an operator: forward and backward against torch, and against the bandwidth of a copy."""
+    rows = infos(results, "norm")
+    peers = present(rows, {"torch": "torch", "compiled": "compiled", "liger": "Liger"})
+    several = len({i["case"]["D"] for i in rows}) > 1
     lines = [
-        [i["case"]["op"], i["case"]["dtype"], f"{i['ms']['sail']:.2f}"]
-        + [f"{i['speedup'][peer]:.2f}" if peer in i["speedup"] else "" for peer in ("torch", "compiled")]
-        + [f"{i['gb_s']:.1f}", f"{i['of_copy']:.2f}"]
-        for i in infos(results, "norm")
+        [f"{i['case']['op']}, D {i['case']['D']}" if several else i["case"]["op"], i["case"]["dtype"]]
+        + [f"{i['ms']['sail']:.2f}", *ratios(i, peers), f"{i['gb_s']:.1f}", f"{i['of_copy']:.2f}"]
+        for i in rows
     ]
-    return table(["forward+backward", "dtype", "ms", "x torch", "x compiled", "GB/s", "of copy"], lines)
+    header = ["forward+backward", "dtype", "ms", *(f"x {label}" for label in peers.values()), "GB/s", "of copy"]
+    return table(header, lines)
 
 
 def loss_table(results: Row) -> str:
@@ -98,33 +128,56 @@ def loss_table(results: Row) -> str:
 
 
 def step_table(results: Row) -> str:
-    """A decoder layer's training step: every part alone, the whole, and the peak of memory it adds."""
+    """A decoder layer's training step: every part alone, the whole, and the peak of memory it adds, a column a side."""
+    rows = infos(results, "step")
+    peers = present(rows, {"transformers": "transformers", "liger": "Liger"})
     lines = []
-    for i in infos(results, "step"):
-        ms = {name.removeprefix("sail "): time for name, time in i["parts_ms"].items() if name.startswith("sail ")}
-        for part, ours in ms.items():
-            lines.append([f"{i['case']['dtype']} {part}", ours, i["parts_ms"][f"transformers {part}"]])
-        lines.append([f"{i['case']['dtype']} whole layer", i["ms"]["sail"], i["ms"]["transformers"]])
-    shown = [[part, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}"] for part, ours, theirs in lines]
-    for i in infos(results, "step"):
-        peaks = [i["peak_bytes"][side] / 2**20 for side in ("sail", "transformers")]
-        shown.append(
-            [f"{i['case']['dtype']} peak memory, MiB", *(f"{p:,.0f}" for p in peaks), f"{peaks[1] / peaks[0]:.2f}"]
-        )
-    return table(["forward+backward of a layer", "ours, ms", "transformers, ms", "theirs / ours"], shown)
+    for i in rows:
+        name = i["case"]["dtype"] + (f" T={i['case']['T']}" if len(rows) > 1 else "")
+        for part in (part.removeprefix("sail ") for part in i["parts_ms"] if part.startswith("sail ")):
+            lines.append(
+                sides(f"{name} {part}", {side: i["parts_ms"].get(f"{side} {part}") for side in ("sail", *peers)})
+            )
+        lines.append(sides(f"{name} whole layer", {side: i["ms"].get(side) for side in ("sail", *peers)}))
+    for i in rows:
+        name = i["case"]["dtype"] + (f" T={i['case']['T']}" if len(rows) > 1 else "")
+        peaks = {side: i["peak_bytes"][side] / 2**20 if side in i["peak_bytes"] else None for side in ("sail", *peers)}
+        lines.append(sides(f"{name} peak memory, MiB", peaks, ",.0f"))
+    labels = list(peers.values())
+    over = ["theirs / ours"] if len(labels) == 1 else [f"{label} / ours" for label in labels]
+    return table(["forward+backward of a layer", "ours, ms", *(f"{label}, ms" for label in labels), *over], lines)
+
+
+def sides(name: str, values: dict[str, float | None], form: str = ".1f") -> list[str]:
+    """A line of ours and theirs, then theirs over ours; empty where there is none."""
+    ours, *theirs = values.values()
+    shown = ["" if value is None else format(value, form) for value in (ours, *theirs)]
+    return [name, *shown, *("" if value is None or ours is None else f"{value / ours:.2f}" for value in theirs)]
 
 
 def attention_table(results: Row) -> str:
-    """A line a case: forward, or forward and backward, against torch's SDPA."""
-    peers = {"sdpa": "SDPA", "sdpa_by_sequence": "by sequence", "sdpa_padded": "padded", "sdpa_nested": "nested"}
+    """A line a case: forward, or forward and backward, against torch's SDPA and what else a card has."""
+    rows = infos(results, "attention")
+    peers = present(rows, ATTENTION_PEERS)
     lines = [
         [i["case"]["name"], i["case"]["dtype"], f"{i['ms']['sail']:.2f}", f"{i['gflops']:.0f}"]
-        + [f"{i['speedup'][peer]:.2f}" if peer in i["speedup"] else "" for peer in peers]
-        + [f"{i['of_dense_mm']:.2f}"]
-        for i in infos(results, "attention")
+        + [*ratios(i, peers), f"{i['of_dense_mm']:.2f}"]
+        for i in rows
     ]
     header = ["attention", "dtype", "ms", "GFLOP/s", *(f"x {label}" for label in peers.values()), "of dense mm"]
     return table(header, lines)
+
+
+def not_measured_table(results: Row) -> str:
+    """Peers that could not run, and why, a line for all the cases of which a peer said the same."""
+    said: dict[tuple[str, str, str], int] = {}
+    for i in (row["extra_info"] for row in results["benchmarks"]):
+        for name, reason in i.get("not_measured", {}).items():
+            said[i["family"], name, reason] = said.get((i["family"], name, reason), 0) + 1
+    lines = [
+        [family, name, str(cases), reason.replace("|", "/")[:120]] for (family, name, reason), cases in said.items()
+    ]
+    return table(["not measured", "peer", "cases", "why"], lines)
 
 
 TABLES = {"norm": norm_table, "attention": attention_table, "loss": loss_table, "step": step_table}  # beside moe's

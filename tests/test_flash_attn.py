@@ -1,83 +1,30 @@
 """SAIL_OPS_ATTENTION=flash_attn: what is handed to the package, and what becomes of its answers.
 
-The package is a stand-in: flash-attn 2.8's signatures, by the reference. CPU tensors take the place of CUDA's.
+The package is a stand-in (flash_attn_stand_in.py). CPU tensors take the place of CUDA's.
 """
 
 import math
 import os
 import subprocess
 import sys
-from types import ModuleType
 from typing import Any
 
+import flash_attn_stand_in
 import pytest
 import torch
 from conftest import DEVICE
+from flash_attn_stand_in import CALLS
 from torch import Tensor
 
 import sail_ops
 from sail_ops import _flash_attn, reference, testing
 
-CALLS: list[dict[str, Any]] = []  # the options of every call
-
-
-def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, None]:
-    CALLS.append({"deterministic": deterministic, "dropout": dropout_p})
-    out, lse = reference.attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
-    return answer(out, lse, return_attn_probs)
-
-
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
-    CALLS.append({"longest": (max_seqlen_q, max_seqlen_k)})
-    pack = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    out, lse = reference.attention_varlen(*pack, causal=causal, softmax_scale=softmax_scale, return_lse=True)
-    return answer(out, lse, return_attn_probs)
-
-
-def answer(out: Tensor, lse: Tensor, with_lse: bool) -> Tensor | tuple[Tensor, Tensor, None]:
-    """As flash-attn: +inf where no key is seen, and a third result that is empty."""
-    return (out, torch.where(lse == -math.inf, math.inf, lse), None) if with_lse else out
-
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module: Any = ModuleType("flash_attn")
-    module.__version__ = "2.8.3"
-    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    CALLS.clear()
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(_flash_attn, "ASKED", "flash_attn")
     monkeypatch.setattr(_flash_attn, "DEVICE", "cuda" if DEVICE == "cuda" else "cpu")
-    return module
+    return flash_attn_stand_in.install(monkeypatch)
 
 
 def inputs(S: int = 9, L: int = 12, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -119,7 +66,7 @@ def test_a_gradient_of_lse_is_refused(flash_attn: Any) -> None:
 
 
 def test_torchs_switch_makes_it_deterministic(flash_attn: Any) -> None:
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the stand-in is none on a card
     try:
         sail_ops.attention(*inputs())
     finally:

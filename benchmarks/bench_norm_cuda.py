@@ -1,0 +1,29 @@
+"""Norms, rotary embedding and `swiglu` on an NVIDIA card, beside torch's functions, torch.compile and liger-kernel."""
+
+from statistics import median
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import events, harness
+from benchmarks.bench_norm import OPS, SHAPES, NormSteps, Shape
+from benchmarks.cases import DTYPES, size_name
+from benchmarks.limits import Limits
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+BUDGET = 0.3  # seconds of rounds a row
+CUDA_SHAPES: list[Shape] = [(16384, 2048), (16384, 4096)] if size_name() == "full" else [SHAPES["tiny"]]
+# heads of 128 are no wider at another hidden size
+CASES = [(op, shape) for op in OPS for shape in CUDA_SHAPES if op != "qk_norm_rope" or shape == CUDA_SHAPES[0]]
+
+
+@pytest.mark.parametrize("op, shape", CASES, ids=[f"{op}-{shape[1]}" for op, shape in CASES])
+def test_norm(benchmark: BenchmarkFixture, op: str, shape: Shape, cuda_limits: Limits) -> None:
+    """A training step of one operator."""
+    steps = NormSteps(op, DTYPES["bf16"], shape, events.DEVICE)
+    samples, facts = events.measure(benchmark, steps, ["torch", "compiled", "liger"], budget=BUDGET)
+    rate = steps.traffic / median(samples["sail"]) / 1e9
+    case = {"op": op, "dtype": "bf16", "T": shape[0], "D": shape[1]}
+    rates = {"gb_s": rate, "of_copy": rate / cuda_limits.copy_gb_s}
+    harness.record(benchmark, samples, family="norm", kind="train", case=case, **rates, **facts)
