@@ -15,7 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "sail_ops" / "libsail_ops_cuda.so"
-SUITES = ["moe", "moe_training", "grouped_mm", "routing", "activation", "norm"]
+# by families, each in a process of its own: after a bad access nothing works in one
+SUITES = {
+    "expert layer": ["moe", "moe_training", "grouped_mm", "routing", "activation"],
+    "attention": ["attention", "flash_attn"],
+    "norms, rotation, loss": ["norm", "layer_norm", "rope", "loss"],
+}
+SM80_SUITES = ["moe", "moe_training", "attention"]  # that have other kernels on newer cards
+BENCHMARKS = ["moe", "attention", "norm", "loss", "step"]
 
 
 def main() -> int:
@@ -24,10 +31,8 @@ def main() -> int:
     parser.add_argument("--bench-only", action="store_true")
     options = parser.parse_args()
     environment = prepare()
-    stages = {} if options.bench_only else tests()
-    if not options.no_bench:
-        stages["benchmarks"] = ([*python("pytest"), "benchmarks/bench_moe_cuda.py", "--benchmark-only", "-q"], {})
-    results = {name: run(name, command, environment | extra) for name, (command, extra) in stages.items()}
+    todo = stages(tests=not options.bench_only, benchmarks=not options.no_bench)
+    results = {name: run(name, command, environment | extra) for name, (command, extra) in todo.items()}
     for name, (status, seconds) in results.items():
         print(f"{status:8}{seconds:5.0f} s  {name}")
     bad = sum(status == "FAILED" for status, _ in results.values())
@@ -35,22 +40,41 @@ def main() -> int:
     return bad
 
 
-def tests() -> dict[str, tuple[list[str], dict[str, str]]]:
-    files = [f"tests/test_{suite}.py" for suite in SUITES]
-    pytest = [*python("pytest"), "-q", "-x", "-p", "no:cacheprovider"]
+def stages(tests: bool = True, benchmarks: bool = True) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Commands and what they add to the environment, by name."""
+    found: dict[str, tuple[list[str], dict[str, str]]] = {"what is built": (python("sail_ops"), {})}
+    if tests:
+        found |= test_stages() | sanitizer_stages()
+    if benchmarks:  # one process a family: the memory of one is not the next one's
+        pytest = [*python("pytest"), "--benchmark-only", "-q"]
+        found |= {f"benchmark {name}": ([*pytest, f"benchmarks/bench_{name}_cuda.py"], {}) for name in BENCHMARKS}
+    return found
+
+
+def test_stages() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """The CPU's suites with every tensor on the card, and what only a card can show."""
+    pytest = [*python("pytest"), "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+
+    def files(suites: list[str]) -> list[str]:
+        return [f"tests/test_{suite}.py" for suite in suites]
+
     on_card = {"SAIL_TEST_DEVICE": "cuda"}
-    stages = {
-        "what is built": (python("sail_ops"), {}),
-        "accuracy, gradients, edges, 20 repeats": ([*pytest, *files], on_card),
-        "the same with the sm_80 kernels": ([*pytest, *files[:2]], on_card | {"SAIL_OPS_CUDA_KERNELS": "sm80"}),
-        "graphs, streams, memory": ([*pytest, "tests/test_cuda_device.py"], {}),
-    }
+    found = {f"{name}: accuracy, edges, repeats": ([*pytest, *files(s)], on_card) for name, s in SUITES.items()}
+    sm80 = on_card | {"SAIL_OPS_CUDA_KERNELS": "sm80"}
+    found["the same with the sm_80 kernels"] = [*pytest, *files(SM80_SUITES)], sm80
+    found["graphs, streams, memory"] = [*pytest, "tests/test_cuda_device.py"], {}
+    return found
+
+
+def sanitizer_stages() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """A step of every operator under three of its tools."""
+    found = {}
     for tool in ("memcheck", "racecheck", "initcheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *sanitizer_options(tool)]
         # torch's own cached blocks would hide what is read past a buffer or before it is written
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        stages[f"compute-sanitizer {tool}"] = ([*sanitizer, sys.executable, "tests/gpu/small_steps.py"], alone)
-    return stages
+        found[f"compute-sanitizer {tool}"] = ([*sanitizer, sys.executable, "tests/gpu/small_steps.py"], alone)
+    return found
 
 
 def sanitizer_options(tool: str) -> list[str]:

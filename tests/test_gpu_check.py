@@ -1,0 +1,36 @@
+"""What `make gpu-check` runs on a card beside the suites holds on the emulator, and it names what there is."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICE
+from emulated_library import emulated
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+import check
+import small_steps
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it emulates a card whatever runs the operators")
+
+
+@pytest.mark.parametrize("name", small_steps.STEPS)
+def test_small_steps(name: str) -> None:
+    with emulated():
+        small_steps.STEPS[name]("cpu")
+
+
+def test_every_file_is_there() -> None:
+    named = [word for command, _ in check.stages().values() for word in command if word.endswith(".py")]
+    assert len(named) > 10 and [word for word in named if not (check.ROOT / word).exists()] == []
+
+
+def test_the_steps_name_every_operator() -> None:
+    """A new operator is watched by the sanitizer, or this says so."""
+    from sail_ops.__main__ import operators
+
+    source = Path(small_steps.__file__).read_text()
+    missing = [name for name in operators() if f"sail_ops.{name.removesuffix('_backward')}(" not in source]
+    assert missing == ["grouped_experts", "grouped_experts_backward"]  # fused_experts' kernels
+    assert torch.ops.sail_ops.grouped_experts
