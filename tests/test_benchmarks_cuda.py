@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks import bench_moe_cuda as moe
 from benchmarks import bench_norm_cuda as norm
 from benchmarks import bench_step_cuda as step
 from benchmarks.cases import MoeCase
+from benchmarks.conftest import installed
 from benchmarks.harness import Steps
 from benchmarks.limits import Limits
 from sail_ops import reference
@@ -174,6 +176,10 @@ def test_a_peer_that_cannot_run_is_a_row_that_is_not_measured() -> None:
     runs, refused = events.usable(steps, ["sdpa", "sdpa_cudnn", "sdpa_flash"])
     assert runs == ["sdpa", "sdpa_flash"] and list(refused) == ["sdpa_cudnn"]
     assert refused["sdpa_cudnn"].startswith("RuntimeError: ")
+
+
+def test_versions_of_what_is_installed() -> None:
+    assert installed("pytest-benchmark", "no-such-package") == {"pytest-benchmark": version("pytest-benchmark")}
 
 
 def test_ligers_functions_have_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

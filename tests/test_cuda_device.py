@@ -37,7 +37,37 @@ def step(args: Layer) -> list[Tensor]:
         y, x, gate_up, None, down, ids, weights, h, None, None, 0, None, NEEDS, None, None, None
     )
     routing = sail_ops.route_topk(x[:, :64], 4, renormalize=True)
-    return [y, *grads[:2], grads[3], grads[4], *routing, sail_ops.swiglu(x, x), sail_ops.rms_norm(x, x[0])]
+    experts = [y, *grads[:2], grads[3], grads[4], *routing]
+    return [*experts, *attention_step(x), *norm_step(x), *loss_step(x, gate_up, ids)]
+
+
+def attention_step(x: Tensor) -> list[Tensor]:
+    """A batch, a pack, and few queries, which are split over the keys."""
+    q = x.view(1, -1, 4, 64)
+    kv = q[:, :, :2], q[:, :, 2:]
+    cu = torch.arange(3, device=x.device).mul(100).clamp(max=len(x)).int()
+    pack = q[0], kv[0][0], kv[1][0], cu, cu, 100, 100
+    results = [*ops.attention(q, *kv, 0.125, True), *ops.attention_varlen(*pack, 0.125, True)]
+    results += ops.attention_backward(q.contiguous(), None, q, *kv, *results[:2], 0.125, True)
+    dout = pack[0].contiguous()
+    results += ops.attention_varlen_backward(dout, None, *pack[:3], *results[2:4], *pack[3:], 0.125, True)
+    return [*results, *ops.attention(q[:, :3], *kv, 0.125, True)]
+
+
+def norm_step(x: Tensor) -> list[Tensor]:
+    """Norms, rotation and gate."""
+    q, w = x.view(1, -1, 4, 64), x[0]
+    results = [sail_ops.swiglu(x, x), sail_ops.rms_norm(x, w), *sail_ops.add_layer_norm(x, x, w, w)]
+    results += ops.rms_norm_backward(x, None, x, w, 1e-6, True, True)
+    results += ops.layer_norm_backward(x, None, x, w, 1e-5, True, True, True)
+    rotated = q, q, w[:64], w[:64], x[:, :64], x[:, :64]
+    results += sail_ops.qk_norm_rope(*rotated)
+    return [*results, *ops.qk_norm_rope_backward(q, q, *rotated, None, 1e-6, True)]
+
+
+def loss_step(x: Tensor, gate_up: Tensor, ids: Tensor) -> list[Tensor]:
+    """Two chunks of tokens."""
+    return list(ops.linear_cross_entropy(x, gate_up.flatten(0, 1)[:1000], ids[:, 0], None, -100, 1e-3, True, True))
 
 
 def assert_equal(got: list[Tensor], want: list[Tensor]) -> None:

@@ -7,10 +7,13 @@ import pytest
 import torch
 from conftest import DEVICE
 from emulated_library import emulated
+from expert_layer import Layer, detached, layer
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import check
 import small_steps
+import test_cuda_device
+from test_cuda_device import CASE
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it emulates a card whatever runs the operators")
 
@@ -19,6 +22,13 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it emulates a card what
 def test_small_steps(name: str) -> None:
     with emulated():
         small_steps.STEPS[name]("cpu")
+
+
+def test_the_step_of_graphs_and_streams() -> None:
+    with emulated():
+        first, again = (test_cuda_device.step(Layer(*detached(*layer(CASE, torch.bfloat16)))) for _ in range(2))
+    test_cuda_device.assert_equal(again, first)
+    assert len(first) > 30 and all(t.isfinite().all() for t in first)
 
 
 def test_every_file_is_there() -> None:
