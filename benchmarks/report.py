@@ -2,6 +2,7 @@
 
 python -m benchmarks.report            writes the blocks between README.md's bench:<family> markers, and the chart
 python -m benchmarks.report --check    exits with 1 where README.md does not match the results
+python -m benchmarks.report DEVICE     prints the tables of every family in results/DEVICE/, a card's say
 """
 
 import argparse
@@ -183,11 +184,25 @@ def updated(readme: str) -> str:
     return readme
 
 
+def show(device: str) -> int:
+    """Print what is kept of a device."""
+    kept = sorted((RESULTS / device).glob("*.json"))
+    for path in kept:
+        print(f"# {path.stem}\n\n{summary(json.loads(path.read_text()))}\n")
+    if not kept:
+        print(f"no results of {device}; there are: {', '.join(sorted(p.name for p in RESULTS.iterdir()))}")
+    return int(not kept)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write or check README's blocks; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where README.md is out of date")
-    check = parser.parse_args(arguments).check
+    parser.add_argument("device", nargs="?", help="a folder of benchmarks/results")
+    options = parser.parse_args(arguments)
+    if options.device:
+        return show(options.device)
+    check = options.check
     readme = ROOT / "README.md"
     text = readme.read_text()
     try:

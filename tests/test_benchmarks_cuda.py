@@ -60,6 +60,8 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAIL_BENCH_SIZE", "tiny")
     monkeypatch.setattr(events, "DEVICE", "cpu")
     monkeypatch.setattr(events, "Events", Clock)
+    for module in (attention, loss, moe, norm, step):
+        monkeypatch.setattr(module, "BUDGET", 0.0)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
@@ -138,7 +140,9 @@ def test_packs_have_their_tokens() -> None:
     assert min(map(min, map(step.pack, (16, 4028, 8192, 32768)))) > 0
 
 
-def test_a_run_and_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_and_its_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every family's rows through its own test, and the report of them all."""
     monkeypatch.setattr(loss, "SHAPE", bench_loss.SHAPES["tiny"])
     case = MoeCase("bf16", "uniform", 64, "train", "fresh", "tiny")
@@ -159,12 +163,17 @@ def test_a_run_and_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         "limits": LIMITS.as_dict(),
     }
     results = {
-        "benchmarks": [{"extra_info": json.loads(json.dumps(r))} for r in rows],
+        "benchmarks": [{"extra_info": r} for r in rows],
         "machine_info": machine,
         "commit_info": {"id": "0123456789", "dirty": False},
         "datetime": "2026-01-01T00:00:00",
     }
-    text = report.summary(results)
+    (tmp_path / "a-card").mkdir()
+    (tmp_path / "a-card" / "all.json").write_text(json.dumps(results))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.main(["another"]) == 1 and "there are: a-card" in capsys.readouterr().out
+    assert report.main(["a-card"]) == 0
+    text = capsys.readouterr().out
     for said in ("A card, CUDA 13.0, 8 threads of CPU;", "x flash-attn", "x by sequence", "T=16 whole", "T=20 peak"):
         assert said in text
     why = [line for line in text.splitlines() if "| liger " in line]
