@@ -30,6 +30,7 @@ from benchmarks.cases import MoeCase
 from benchmarks.conftest import installed
 from benchmarks.harness import Steps
 from benchmarks.limits import Limits
+from sail_model.attention import Pack
 from sail_ops import reference
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the benchmarks' own arithmetic")
@@ -133,6 +134,26 @@ def test_both_layers_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = bench_step.LayerSteps("fp32", "tiny", "cpu", (5, 1, 13))
     for part in ("", *(f" {name}" for name in bench_step.PARTS)):
         compare(steps, lambda: [steps.x_BLD.grad], [f"sail{part}", f"transformers{part}"])
+
+
+def test_no_tensor_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices in one operator raise on meta tensors too."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta has none of
+    for op in bench_norm.OPS:
+        one_step(bench_norm.NormSteps(op, torch.bfloat16, bench_norm.SHAPES["tiny"], "meta"), "sail", "torch")
+    one_step(bench_loss.LossSteps(torch.bfloat16, bench_loss.SHAPES["tiny"], "meta"), "sail", "cross_entropy")
+    for case in map(bench_attention.sized, attention.CASES.values()):
+        steps = attention.CardSteps(case, "meta")
+        one_step(steps, "sail", *["sdpa"] * steps.uniform)
+    monkeypatch.setattr(bench_step, "pack_of", lambda cu_seqlens: Pack(cu_seqlens, 13))  # the others ask for values
+    monkeypatch.setattr(bench_step, "packed_positions", lambda cu_seqlens: torch.arange(19, device="meta"))
+    one_step(bench_step.LayerSteps("bf16", "tiny", "meta", (5, 1, 13)), "sail", "transformers")
+
+
+def one_step(steps: Steps, *names: str) -> None:
+    for name in names:
+        steps.prepare(name)
+        steps.run(name)
 
 
 def test_packs_have_their_tokens() -> None:
