@@ -4,6 +4,7 @@ The copy goes into memory that is there, and so do the results of all implementa
 """
 
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 import sail_ops
 from benchmarks import harness
 from benchmarks.cases import DTYPES, size_name
-from benchmarks.limits import Limits
 from benchmarks.memory import malloc_keeps
 from sail_ops import reference
 
@@ -76,30 +76,42 @@ class NormSteps:
             pair = op == "swiglu" or op.startswith("add")
             tensors = [torch.randn(shape) for _ in range(1 + pair)] + [torch.rand(shape[-1]) for _ in range(vectors)]
             shapes = [shape] * (2 if op.startswith("add") else 1)
-        self.elements = sum(t.numel() for t in tensors[:2]) if self.tables else tensors[0].numel()
+        elements = sum(t.numel() for t in tensors[:2]) if self.tables else tensors[0].numel()
         self.inputs = [t.to(dtype).requires_grad_() for t in tensors]
         self.upstream = [torch.randn(s).to(dtype) for s in shapes]
+        self.traffic = TRAFFIC[op] * elements * dtype.itemsize
+        self.source, self.target = (torch.ones(self.traffic // 8) for _ in range(2))
+        for name in OPS[op]:
+            self.run(name)  # compiles
 
     def prepare(self, name: str) -> None:
         """Nothing is left of the step before."""
 
     def run(self, name: str) -> None:
-        """One step."""
+        """One step, or a copy of as many bytes."""
+        if name == "copy":
+            self.target.copy_(self.source)
+            return
         out = OPS[self.op][name](*self.inputs, *self.tables)
         torch.autograd.grad(out, self.inputs, self.upstream)
 
 
+@pytest.mark.usefixtures("limits")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
-def test_norm(benchmark: BenchmarkFixture, op: str, dtype: str, limits: Limits) -> None:
+def test_norm(benchmark: BenchmarkFixture, op: str, dtype: str) -> None:
     """A training step of one operator."""
     size = size_name()
     steps = NormSteps(op, DTYPES[dtype], size)
     with malloc_keeps():
-        samples = harness.interleave(benchmark, steps, "sail", ["torch", "compiled"], budget=BUDGET[size])
+        samples = harness.interleave(benchmark, steps, "sail", ["torch", "compiled", "copy"], budget=BUDGET[size])
     tokens, hidden = SHAPES[size]
-    traffic = TRAFFIC[op] * steps.elements * DTYPES[dtype].itemsize / benchmark.stats.stats.median / 1e9
-    case = {"op": op, "dtype": dtype, "T": tokens, "D": hidden}
     harness.record(
-        benchmark, samples, family="norm", kind="train", case=case, gb_s=traffic, of_copy=traffic / limits.copy_gb_s
+        benchmark,
+        samples,
+        family="norm",
+        kind="train",
+        case={"op": op, "dtype": dtype, "T": tokens, "D": hidden},
+        gb_s=steps.traffic / benchmark.stats.stats.median / 1e9,
+        of_copy=median(samples["copy"]) / benchmark.stats.stats.median,
     )
