@@ -1,5 +1,6 @@
 """What nvcc made of the CUDA sources: the instructions that the kernels are written for, no stack, no spills."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,6 +59,19 @@ def test_products_are_the_tensor_cores(arch: str) -> None:
             continue
         instruction = "HGMMA" if "sail4cuda4sm90" in name else "HMMA"
         assert re.search(rf"\b{instruction}\b", text), name
+
+
+@needs_library
+def test_cutlass_is_wgmma_too() -> None:
+    code = {name: text for name, text in kernels("sm_90a").items() if "7cutlass" in name}
+    if not code and os.environ.get("SAIL_OPS_CUTLASS") != "ON":
+        pytest.skip("a library without CUTLASS: SAIL_OPS_CUTLASS=ON builds it in")
+    products = [text for name, text in code.items() if "device_kernel" in name]
+    assert len(products) == 2  # bf16, fp16
+    for text in products:
+        for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"):
+            assert re.search(rf"\b{instruction}\b", text), instruction
+    assert sum("describe_groups" in name for name in code) == 2
 
 
 @needs_library

@@ -146,3 +146,9 @@ def test_values_are_checked_on_demand() -> None:
     assert (
         probe(replay, SAIL_OPS_CHECK="1") == "ValueError sail_ops.route_topk: ids_TK: got id 4, expected ids in [0, 4)"
     )
+
+
+@pytest.mark.parametrize("name", ["sm90", "cutlass"])
+def test_unknown_kernels_are_refused(name: str) -> None:
+    said = probe(LAYER, SAIL_OPS_CUDA_KERNELS=name)
+    assert said.startswith(f"ValueError sail_ops: SAIL_OPS_CUDA_KERNELS: got '{name}', expected sm80; cutlass needs a")

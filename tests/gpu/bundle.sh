@@ -5,9 +5,15 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=build/gpu-bundle most=60
 rm -rf "$out" && mkdir -p "$out/wheels" "$out/sail-ops"
-[ -e sail_ops/libsail_ops_cuda.so ] || echo "no CUDA library here: the other machine builds it, if it has nvcc"
 git archive HEAD | tar -x -C "$out/sail-ops"
-cp sail_ops/*.so "$out/sail-ops/sail_ops/"
+if command -v nvcc >/dev/null; then  # with CUTLASS's grouped GEMM, the second opinion on ours
+  PATH=$PATH:$(dirname "$(command -v "${PYTHON:-python3}")")
+  "${PYTHON:-python3}" -m pip install --quiet --no-deps --constraint constraints.txt nvidia-cutlass
+  SAIL_OPS_CUDA=ON SAIL_OPS_CUTLASS=ON "${PYTHON:-python3}" setup.py --quiet build_ext --build-lib "$out/sail-ops"
+else
+  echo "no nvcc here: the other machine builds the CUDA library, if it has one"
+  cp sail_ops/*.so "$out/sail-ops/sail_ops/"
+fi
 # for the tests; liger-kernel and transformers as peers, with what they import beside torch and numpy
 wheels=(pytest pytest-benchmark py-cpuinfo pluggy iniconfig packaging pygments hypothesis sortedcontainers
         liger-kernel transformers huggingface_hub tokenizers safetensors regex tqdm pyyaml filelock fsspec

@@ -45,12 +45,20 @@ def tests() -> dict[str, tuple[list[str], dict[str, str]]]:
         "the same with the sm_80 kernels": ([*pytest, *files[:2]], on_card | {"SAIL_OPS_CUDA_KERNELS": "sm80"}),
         "graphs, streams, memory": ([*pytest, "tests/test_cuda_device.py"], {}),
     }
+    if has_cutlass():
+        by_cutlass = on_card | {"SAIL_OPS_CUDA_KERNELS": "cutlass"}
+        stages["grouped_mm by CUTLASS"] = ([*pytest, "tests/test_grouped_mm.py", "-k", "test_mm"], by_cutlass)
     for tool in ("memcheck", "racecheck", "initcheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *sanitizer_options(tool)]
         # torch's own cached blocks would hide what is read past a buffer or before it is written
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         stages[f"compute-sanitizer {tool}"] = ([*sanitizer, sys.executable, "tests/gpu/small_steps.py"], alone)
     return stages
+
+
+def has_cutlass() -> bool:
+    code = "from sail_ops import _library; raise SystemExit(not _library.has_cutlass())"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def sanitizer_options(tool: str) -> list[str]:
