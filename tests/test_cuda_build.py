@@ -82,6 +82,15 @@ def test_no_stack_and_no_local_memory() -> None:
 
 
 @needs_library
+def test_shared_memory_that_no_launch_asks_for() -> None:
+    """The sort's is dynamic up to what a block has without asking, less what its kernel has besides."""
+    text = (ROOT / "csrc" / "cuda" / "kernels" / "routing_metadata.cuh").read_text()
+    dynamic = eval(re.search(r"kSortShared = ([\d *-]+);", text)[1])
+    usage = re.findall(r"Function (\S*sort_rows_kernel\S*):\s*REG:\d+ STACK:\d+ SHARED:(\d+)", read("-res-usage"))
+    assert len(usage) == len(PARTS) and all(int(own) + dynamic <= 48 * 1024 for _, own in usage)
+
+
+@needs_library
 def test_float_atomics_nowhere() -> None:
     """Integers are counted by atomics; floats are added in a fixed order."""
     for arch in PARTS:
