@@ -8,11 +8,11 @@ CODE = """
 import conftest, torch
 conftest.make_everything_on("cpu")
 from sail_ops import swiglu, testing
-x = testing.random(5, 64, dtype=torch.bfloat16).requires_grad_()
+x, y = (testing.random(5, 64, dtype=torch.bfloat16, seed=i).requires_grad_() for i in range(2))
 assert torch.Generator(device="cpu").manual_seed(1).device == torch.Generator().device == torch.device("cpu")
-testing.check_traceable(swiglu, x, x)
-torch.library.opcheck(torch.ops.sail_ops.swiglu.default, (x.detach(), x.detach()))
-torch.utils.checkpoint.checkpoint(swiglu, x, x, use_reentrant=False).sum().backward()
+testing.check_traceable(swiglu, x, y)
+torch.library.opcheck(torch.ops.sail_ops.swiglu.default, (x.detach(), y.detach()))
+torch.utils.checkpoint.checkpoint(swiglu, x, y, use_reentrant=False).sum().backward()
 print("traced")
 """
 
