@@ -83,11 +83,12 @@ def test_no_stack_and_no_local_memory() -> None:
 
 @needs_library
 def test_shared_memory_that_no_launch_asks_for() -> None:
-    """The sort's is dynamic up to 48 KB, less what its kernel has besides; 1 KB that is listed is the system's."""
+    """The sort's is dynamic up to 48 KB, less what its kernel has besides (sm_90a lists a KB more, the system's)."""
     text = (ROOT / "csrc" / "cuda" / "kernels" / "routing_metadata.cuh").read_text()
     dynamic = eval(re.search(r"kSortShared = ([\d *-]+);", text)[1])
-    usage = re.findall(r"Function (\S*sort_rows_kernel\S*):\s*REG:\d+ STACK:\d+ SHARED:(\d+)", read("-res-usage"))
-    assert len(usage) == len(PARTS) and all(int(own) - 1024 + dynamic <= 48 * 1024 for _, own in usage)
+    usage = read("-arch", "sm_80", "-res-usage")
+    (own,) = re.findall(r"Function \S*sort_rows_kernel\S*:\s*REG:\d+ STACK:\d+ SHARED:(\d+)", usage)
+    assert 0 < int(own) <= 48 * 1024 - dynamic
 
 
 @needs_library
