@@ -66,6 +66,18 @@ def interleave(
     return samples
 
 
+def failure(steps: Steps, name: str) -> str:
+    """Why a step does not run here, in a line (Triton finds no C compiler, out of memory, ...); "" if it does."""
+    try:
+        steps.prepare(name)
+        steps.run(name)
+        torch.cuda.synchronize()
+    except Exception as error:
+        torch.cuda.empty_cache()
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ""
+
+
 def peak_memory(steps: Steps, name: str) -> int:
     """Bytes that one step takes above what is there before it: saved tensors, results, workspaces."""
     steps.prepare(name)

@@ -1,5 +1,6 @@
 """What nvcc made of the CUDA sources: the instructions that the kernels are written for, no stack, no spills."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -61,10 +62,33 @@ def test_products_are_the_tensor_cores(arch: str) -> None:
 
 
 @needs_library
+def test_cutlass_is_wgmma_too() -> None:
+    code = {name: text for name, text in kernels("sm_90a").items() if "7cutlass" in name}
+    if not code and os.environ.get("SAIL_OPS_CUTLASS") != "ON":
+        pytest.skip("a library without CUTLASS: SAIL_OPS_CUTLASS=ON builds it in")
+    products = [text for name, text in code.items() if "device_kernel" in name]
+    assert len(products) == 2  # bf16, fp16
+    for text in products:
+        for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"):
+            assert re.search(rf"\b{instruction}\b", text), instruction
+    assert sum("describe_groups" in name for name in code) == 2
+
+
+@needs_library
 def test_no_stack_and_no_local_memory() -> None:
     usage = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", read("-res-usage"))
     assert len(usage) > 40
     assert [name for name, _, stack, local in usage if int(stack) or int(local)] == []
+
+
+@needs_library
+def test_shared_memory_that_no_launch_asks_for() -> None:
+    """The sort's is dynamic up to 48 KB, less what its kernel has besides (sm_90a lists a KB more, the system's)."""
+    text = (ROOT / "csrc" / "cuda" / "kernels" / "routing_metadata.cuh").read_text()
+    dynamic = eval(re.search(r"kSortShared = ([\d *-]+);", text)[1])
+    usage = read("-arch", "sm_80", "-res-usage")
+    (own,) = re.findall(r"Function \S*sort_rows_kernel\S*:\s*REG:\d+ STACK:\d+ SHARED:(\d+)", usage)
+    assert 0 < int(own) <= 48 * 1024 - dynamic
 
 
 @needs_library

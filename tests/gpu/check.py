@@ -37,7 +37,7 @@ def main() -> int:
 
 def tests() -> dict[str, tuple[list[str], dict[str, str]]]:
     files = [f"tests/test_{suite}.py" for suite in SUITES]
-    pytest = [*python("pytest"), "-q", "-x", "-p", "no:cacheprovider"]
+    pytest = [*python("pytest"), "-q", "--maxfail=10", "--tb=short", "-p", "no:cacheprovider"]
     on_card = {"SAIL_TEST_DEVICE": "cuda"}
     stages = {
         "what is built": (python("sail_ops"), {}),
@@ -45,12 +45,20 @@ def tests() -> dict[str, tuple[list[str], dict[str, str]]]:
         "the same with the sm_80 kernels": ([*pytest, *files[:2]], on_card | {"SAIL_OPS_CUDA_KERNELS": "sm80"}),
         "graphs, streams, memory": ([*pytest, "tests/test_cuda_device.py"], {}),
     }
+    if has_cutlass():
+        chosen = [*pytest, "tests/test_cuda_device.py", "-k", "grouped_mm"]
+        stages["grouped_mm by CUTLASS"] = (chosen, {"SAIL_OPS_CUDA_KERNELS": "cutlass"})
     for tool in ("memcheck", "racecheck", "initcheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *sanitizer_options(tool)]
         # torch's own cached blocks would hide what is read past a buffer or before it is written
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         stages[f"compute-sanitizer {tool}"] = ([*sanitizer, sys.executable, "tests/gpu/small_steps.py"], alone)
     return stages
+
+
+def has_cutlass() -> bool:
+    code = "from sail_ops import _library; raise SystemExit(not _library.has_cutlass())"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def sanitizer_options(tool: str) -> list[str]:
@@ -75,8 +83,9 @@ def prepare() -> dict[str, str]:
             sys.exit(f"gpu-check: {LIBRARY} is missing and there is no nvcc to build it")
         setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
         subprocess.run(setup, check=True, cwd=ROOT, env=environment | {"SAIL_OPS_CUDA": "ON"})
-    # a checkout that was only unpacked has no metadata, and the report and the results name the version
-    subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT, check=True)
+    # a checkout that was only unpacked has no metadata (a bundle has), and the report and the results name the version
+    if not [*ROOT.glob("sail_ops*.egg-info"), *ROOT.glob("sail_ops*.dist-info")]:
+        subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT, env=environment, check=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
     return environment
 
