@@ -338,7 +338,7 @@ template <int kPending> void wgmma_wait() {
     if (w.accumulators.empty()) w.fenced = false;
   });
 }
-template <int N> void hold(float (&)[N]) {}
+template <class T, int N> void hold(T (&)[N]) {}
 template <class T, int kN, bool kAdd, bool kMNA, bool kMNB> void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
   const Call call{a, b, nullptr, d, kN, kAdd, kMNA, kMNB, std::is_same_v<T, __nv_bfloat16>};
   emu::warp_collective<char>("wgmma", ~0u, call, issue);

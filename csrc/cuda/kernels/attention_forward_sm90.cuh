@@ -157,17 +157,23 @@ __device__ __forceinline__
   ptx::wgmma_commit();
 }
 
-// Starts o += P V with the values of tile i.
-template <class T, class Shape>
-__device__ __forceinline__ void start_product(ForwardShared<Shape>& s, int i, bool copied,
-                                              const Rounded<1, Shape::kN>& p, Fragments<1, Shape::kD>& o) {
-  if (copied) {
+template <class Shape>
+__device__ __forceinline__ void wait_values(ForwardShared<Shape>& s, const ForwardWork& w, int i) {
+  if (w.copies && i + 1 == w.tiles) {
     ptx::mbarrier_wait(&s.copied, 0);
     ptx::fence_proxy_async();
   } else {
     s.wait_full(2 * i + 1);
   }
+}
+// Starts o += P V with the values of tile i, which have come.
+template <class T, class Shape>
+__device__ __forceinline__ void start_product(ForwardShared<Shape>& s, int i, Rounded<1, Shape::kN>& p,
+                                              Fragments<1, Shape::kD>& o) {
   const uint32_t values = ptx::shared_address(s.tiles[s.slot(2 * i + 1)]);
+  ptx::hold(flat(o));
+#pragma unroll
+  for (int k = 0; k < Shape::kN / 16; k++) ptx::hold(p[0][k]);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Shape::kN / 16; k++) {
@@ -217,23 +223,25 @@ __device__ __forceinline__ void consume(const AttentionForward& a, ForwardShared
     ptx::hold(flat(p));
     s.release(0);
     probabilities(0);
+    wait_values(s, w, 0);
     round_rows<T>(rounded, p);
     for (int i = 1; i < w.tiles; i++) {
       turns.take(i == 1);
       start_scores<T>(s, i, group, p);
-      start_product<T>(s, i - 1, false, rounded, o);
+      start_product<T>(s, i - 1, rounded, o);
       turns.pass(i + 1 == w.tiles);
       ptx::wgmma_wait<1>();
       ptx::hold(flat(p));
       s.release(2 * i);
       probabilities(i);
+      wait_values(s, w, i);  // here, as a loop keeps ptxas from waiting for the product before it computes the softmax
       ptx::wgmma_wait<0>();
       ptx::hold(flat(o));
       s.release(2 * i - 1);
       softmax.rescale(o);
       round_rows<T>(rounded, p);
     }
-    start_product<T>(s, w.tiles - 1, w.copies, rounded, o);
+    start_product<T>(s, w.tiles - 1, rounded, o);
     ptx::wgmma_wait<0>();
     ptx::hold(flat(o));
   }

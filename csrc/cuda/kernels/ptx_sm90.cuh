@@ -82,10 +82,15 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler takes d for written when wgmma was issued: this keeps other uses of it on their side of the fence or wait.
+// The compiler takes operands for read and written when wgmma was issued: this keeps other uses of them on their side of
+// the fence or wait.
 template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N> __device__ __forceinline__ void hold(uint32_t (&a)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
 }
 
 // d[64, kN] = (kAdd ? d : 0) + A[64, 16] B[kN, 16]^T. B by descriptor, A by descriptor or from registers; an operand along
@@ -106,11 +111,11 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #define SAIL_D40 SAIL_D32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define SAIL_D48 SAIL_D40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define SAIL_D64 SAIL_D48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define SAIL_D128                                                                                             \
-  SAIL_D64                                                                                                    \
-      ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
-      "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
-      "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define SAIL_D128                                                                                         \
+  SAIL_D64                                                                                                \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
+  "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
+  "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define SAIL_WGMMA(n, type, list) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " list "}, "
 
 template <class T, int kN> struct Wgmma;
