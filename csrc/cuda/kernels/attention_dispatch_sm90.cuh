@@ -5,13 +5,15 @@
 #include "attention_forward_sm90.cuh"
 
 namespace sail::cuda::sm90 {
-// [batches, heads, tokens, D], in boxes of `box_rows` tokens of one head. A dimension of one takes any stride.
-inline TensorBox head_box(const HeadRows& x, int64_t D, int64_t tokens, int64_t heads, int64_t batches,
-                          uint32_t box_rows) {
-  TensorBox b = tensor_box(x.data, D, tokens, tokens > 1 ? x.token : kBoxElements, heads, x.head, box_rows);
-  b.dims = 4;
-  b.size[3] = static_cast<uint64_t>(batches), b.box[3] = 1;
-  b.stride[2] = batches > 1 ? static_cast<uint64_t>(x.batch) * 2 : b.stride[0];
+// [batches, tokens, heads, D], in boxes of `rows` tokens of one head. Strides rise from dimension to dimension where the
+// tensor is contiguous, as the driver's documentation has them; a dimension of one takes any stride.
+inline TensorBox head_box(const HeadRows& x, int64_t D, int64_t tokens, int64_t heads, int64_t batches, uint32_t rows) {
+  TensorBox b;
+  b.data = x.data, b.dims = 4;
+  const int64_t sizes[4] = {D, heads, tokens, batches}, strides[3] = {x.head, x.token, x.batch};
+  for (int i = 0; i < 4; i++) b.size[i] = static_cast<uint64_t>(sizes[i]), b.box[i] = 1;
+  for (int i = 0; i < 3; i++) b.stride[i] = static_cast<uint64_t>(sizes[i + 1] > 1 ? strides[i] : kBoxElements) * 2;
+  b.box[0] = kBoxElements, b.box[2] = rows;
   return b;
 }
 

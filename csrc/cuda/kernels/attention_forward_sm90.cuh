@@ -22,7 +22,7 @@
 
 namespace sail::cuda::sm90 {
 struct ForwardArguments {
-  CUtensorMap q, k, v;  // [batches, heads, tokens, D]
+  CUtensorMap q, k, v;  // [batches, tokens, heads, D]
   AttentionForward problem;
 };
 
@@ -75,10 +75,10 @@ template <class Shape> __device__ __forceinline__ bool find_work(const Attention
 }
 
 // ---- producer
-// The 64 columns of a head that fill panel `panel`, rows from `row` on of the sequence that starts at `first`.
+// 64 columns of a head, those of panel `panel`, from `token` on.
 __device__ __forceinline__ void load_box(unsigned char* to, const CUtensorMap& map, uint64_t* full, int panel,
                                          int token, int head, int batch) {
-  ptx::tma_load(to, &map, full, panel * kBoxElements, token, head, batch);
+  ptx::tma_load(to, &map, full, panel * kBoxElements, head, token, batch);
 }
 
 template <class Shape>
@@ -135,13 +135,15 @@ __device__ __forceinline__ void produce(const ForwardArguments& args, ForwardSha
 
 // ---- consumers
 // The accumulators as wgmma names them
-template <int kN8> __device__ __forceinline__ float (&flat(float (&c)[1][kN8][4]))
-    [kN8 * 4] { return reinterpret_cast<float (&)[kN8 * 4]>(c); }
+template <int kN8> using Flat = float[kN8 * 4];
+template <int kN8> __device__ __forceinline__ Flat<kN8>& flat(float (&c)[1][kN8][4]) {
+  return reinterpret_cast<Flat<kN8>&>(c);
+}
 
 // Starts scores = Q K^T of this group's queries and tile i.
 template <class T, class Shape>
-__device__ __forceinline__
-    void start_scores(ForwardShared<Shape>& s, int i, int group, Fragments<1, Shape::kN>& scores) {
+__device__ __forceinline__ void start_scores(ForwardShared<Shape>& s, int i, int group,
+                                             Fragments<1, Shape::kN>& scores) {
   s.wait_full(2 * i);
   const uint32_t queries = ptx::shared_address(s.queries) + group * Operand<false>::kRows64Bytes;
   const uint32_t keys = ptx::shared_address(s.tiles[s.slot(2 * i)]);
