@@ -115,7 +115,12 @@ MUTANTS = {
     "scores are added": (FORWARD, "Shape::kN, false, false, false>", "Shape::kN, true, false, false>"),
     "both groups take the same queries": (FORWARD, "group * Operand<false>::kRows64Bytes", "0"),
     "values of the wrong half": (FORWARD, "k / 4 * Shape::kPanels * kPanelBytes", "k / 4 * kPanelBytes"),
-    "probabilities change under the product": (FORWARD, "softmax.rescale(o);", "o[0][0][0] *= 2;"),
+    "probabilities change under the product": (
+        FORWARD,
+        "probabilities(i);\n",
+        "probabilities(i);\n      round_rows<T>(rounded, p);\n",
+    ),
+    "old sums keep their scale": (FORWARD, "softmax.rescale(o);", ""),
     "group 0 waits for its first turn": (FORWARD, "if (group || !first)", ""),
     "queries see a key too many": (FORWARD, "w.first + m + w.behind)", "w.first + m + w.behind + 1)"),
     "the last key is not seen": (FORWARD, "min(w.end - 1,", "min(w.end - 2,"),
@@ -126,7 +131,7 @@ MUTANTS = {
     ),
     "the next sequence's values": (FORWARD, "tiles * Shape::kN > s.nk &&", "false &&"),
     "rows past the end are copied": (FORWARD, "row < w.s.nk && at", "at"),
-    "old sums keep their scale": (SOFTMAX, "changed || m != old", "changed"),
+    "a risen maximum is overlooked": (SOFTMAX, "changed || m != old", "changed"),
     "values along the wrong way": (OPERAND, "leading = kAlongMN ? kPanelBytes", "leading = kAlongMN ? kPatternBytes"),
 }
 
