@@ -16,6 +16,7 @@ SOURCE = emulated.EMULATION / "attention_sm90.cpp"
 # Blocks are 128 rows, 192 where D is 64, against tiles of 128 keys.
 CASES = {
     "one": Case(((1, 1),), B=1),
+    "one_row": Case(((1, 1),), H=1, B=1, gap=4),  # dimensions of one have strides that TMA would not take
     "tiles": Case(((192, 256),), D=64, B=1),
     "full": Case(((70, 90),), H=2, G=2, D=96, causal=False, B=2),
     "tails": Case(((131, 197),), D=128, B=1),
