@@ -53,12 +53,24 @@ def test_instructions(arch: str) -> None:
 @needs_library
 @pytest.mark.parametrize("arch", PARTS)
 def test_products_are_the_tensor_cores(arch: str) -> None:
-    """Every grouped GEMM multiplies by mma, and every one of namespace sm90 by wgmma."""
+    """Every grouped GEMM and attention multiplies by mma, every one of namespace sm90 by wgmma of what TMA brings."""
     for name, text in kernels(arch).items():
-        if "rows_kernel" not in name and "wgrad_kernel" not in name or "sail4cuda4sm" not in name:
+        if not re.search(r"sail4cuda4sm\w+(rows|wgrad|attention_forward)_kernel", name):
             continue
-        instruction = "HGMMA" if "sail4cuda4sm90" in name else "HMMA"
-        assert re.search(rf"\b{instruction}\b", text), name
+        instructions = ("HGMMA", "UTMALDG") if "sail4cuda4sm90" in name else ("HMMA",)
+        for instruction in instructions:
+            assert re.search(rf"\b{instruction}\b", text), name
+
+
+@needs_library
+def test_softmax_runs_beside_a_product() -> None:
+    """Between the wait for scores (one product may still run) and the wait for that product: ptxas may move either."""
+    found = {n: t for n, t in kernels("sm_90a").items() if "sail4cuda4sm90" in n and "attention_forward_kernel" in n}
+    assert len(found) == 8
+    for name, text in found.items():
+        beside = re.search(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", text, flags=re.S)
+        assert beside, name
+        assert beside[1].count("MUFU.EX2") >= 64 and "HGMMA" not in beside[1], name
 
 
 @needs_library
