@@ -1,12 +1,13 @@
 """CMake builds the libraries; this file only drives it and says where they go.
 
 SAIL_OPS_CUDA=AUTO|ON|OFF   SAIL_OPS_CUDA_ARCHS="80;90a" (or TORCH_CUDA_ARCH_LIST="8.0 9.0a")
-MAX_JOBS=n   CMAKE_ARGS="..."
+SAIL_OPS_CUTLASS=OFF|ON (after `pip install --no-deps nvidia-cutlass`)   MAX_JOBS=n   CMAKE_ARGS="..."
 """
 
 import os
 import re
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,6 +36,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = ["cmake", "-GNinja", "-S", str(ROOT), "-B", str(build)]
         configure += [f"-DSAIL_OPS_CUDA={os.environ.get('SAIL_OPS_CUDA', 'AUTO')}"]
+        configure += [f"-DSAIL_OPS_CUTLASS={os.environ.get('SAIL_OPS_CUTLASS', 'OFF')}"]
+        configure += [f"-DCMAKE_PREFIX_PATH={sysconfig.get_paths()['purelib']}/cutlass_library/source"]
         configure += [f"-DSAIL_OPS_CUDA_ARCHS={cuda_archs()}", *os.environ.get("CMAKE_ARGS", "").split()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)

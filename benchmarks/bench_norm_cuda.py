@@ -7,9 +7,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import events, harness
-from benchmarks.bench_norm import OPS, SHAPES, NormSteps, Shape
+from benchmarks.bench_norm import OPS, PEERS, SHAPES, NormSteps, Shape
 from benchmarks.cases import DTYPES, size_name
-from benchmarks.limits import Limits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 BUDGET = 0.3  # seconds of rounds a row
@@ -18,12 +17,13 @@ CUDA_SHAPES: list[Shape] = [(16384, 2048), (16384, 4096)] if size_name() == "ful
 CASES = [(op, shape) for op in OPS for shape in CUDA_SHAPES if op != "qk_norm_rope" or shape == CUDA_SHAPES[0]]
 
 
+@pytest.mark.usefixtures("cuda_limits")
 @pytest.mark.parametrize("op, shape", CASES, ids=[f"{op}-{shape[1]}" for op, shape in CASES])
-def test_norm(benchmark: BenchmarkFixture, op: str, shape: Shape, cuda_limits: Limits) -> None:
+def test_norm(benchmark: BenchmarkFixture, op: str, shape: Shape) -> None:
     """A training step of one operator."""
     steps = NormSteps(op, DTYPES["bf16"], shape, events.DEVICE)
-    samples, facts = events.measure(benchmark, steps, ["torch", "compiled", "liger"], budget=BUDGET)
-    rate = steps.traffic / median(samples["sail"]) / 1e9
+    samples, facts = events.measure(benchmark, steps, [*PEERS, "liger", "copy"], budget=BUDGET)
+    ours = median(samples["sail"])
     case = {"op": op, "dtype": "bf16", "T": shape[0], "D": shape[1]}
-    rates = {"gb_s": rate, "of_copy": rate / cuda_limits.copy_gb_s}
+    rates = {"gb_s": steps.traffic / ours / 1e9, "of_copy": median(samples["copy"]) / ours}
     harness.record(benchmark, samples, family="norm", kind="train", case=case, **rates, **facts)

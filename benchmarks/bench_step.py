@@ -26,7 +26,7 @@ from sail_model.decoder import DecoderLayer, rotary_tables
 LENGTHS = {"full": (37, 256, 96, 500, 3, 132), "tiny": (3, 1, 12)}  # of the pack: 1,024 tokens
 HEADS = {"full": (32, 4, 128), "tiny": (4, 2, 16)}  # query heads, key/value heads, head dim
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-BUDGET = {"full": 15.0, "tiny": 0.05}
+BUDGET = {"full": 30.0, "tiny": 0.05}
 
 
 class LayerSteps:

@@ -21,6 +21,7 @@ from sail_ops import _library
 
 # blocks of free pages of this order go back to a virtual machine's host, whose faults then count as ours; 11: none do
 PAGE_REPORTING = Path("/sys/module/page_reporting/parameters/page_reporting_order")
+HUGE_PAGES_POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LIMITS = pytest.StashKey[Limits]()
 PARTIAL = pytest.StashKey[bool]()
 ON_CARD = pytest.StashKey[bool]()  # a run names the files of one kind of device: their results go to its folder
@@ -129,7 +130,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "isa": isa,
         "threads": threads,
         "load_average": os.getloadavg()[0],
-        "transparent_hugepage": Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip(),
+        "transparent_hugepage": HUGE_PAGES_POLICY.read_text().strip() if HUGE_PAGES_POLICY.exists() else None,
         "page_reporting_order": PAGE_REPORTING.read_text().strip() if PAGE_REPORTING.exists() else None,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "sail-ops")},
         "limits": config.stash[LIMITS].as_dict() if LIMITS in config.stash else None,

@@ -77,15 +77,21 @@ def measure(
 
 
 def usable(steps: Steps, peers: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Peers that can run a step, and what the others say: a package that is missing, a case they do not take."""
-    refused: dict[str, str] = {}
-    for name in peers:
-        try:
-            steps.prepare(name)
-            steps.run(name)
-        except Exception as error:  # whatever somebody else's code raises is a row that is not measured
-            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return [name for name in peers if name not in refused], refused
+    """Peers that can run a step, and why the others cannot: a package that is missing, a case they do not take."""
+    why = {name: failure(steps, name) for name in peers}
+    return [name for name in peers if not why[name]], {name: reason for name, reason in why.items() if reason}
+
+
+def failure(steps: Steps, name: str) -> str:
+    """Why a step does not run here, in a line (Triton finds no C compiler, out of memory, ...); "" if it does."""
+    try:
+        steps.prepare(name)
+        steps.run(name)
+        torch.cuda.synchronize()
+    except Exception as error:
+        torch.cuda.empty_cache()
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ""
 
 
 def peak_memory(steps: Steps, name: str) -> int:

@@ -1,5 +1,8 @@
 """Memory of one training step, measured: what autograd keeps from forward to backward, and the peak above it."""
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +81,22 @@ def saved_bytes(layer: Layer, name: str) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer.forward(name)
     return sum(sizes.values())
+
+
+@contextmanager
+def malloc_keeps() -> Iterator[None]:
+    """Freed memory stays with this process, as with the allocators that training runs use (jemalloc, tcmalloc).
+
+    glibc's malloc maps and unmaps every tensor of more than 32 MiB: page by page, that takes longer than filling it.
+    """
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    yield
+    mallopt(mmap_max, 65536)
+    mallopt(mmap_threshold, 32 << 20)  # where glibc's own adjustment ends
+    mallopt(trim_threshold, 64 << 20)
 
 
 def resident_bytes(field: str) -> int:

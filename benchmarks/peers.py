@@ -29,6 +29,7 @@ def build(
     if name == "eager_unbind":
         return lambda x, ids, weights: eager_unbind(x, gate_up_E2FD, down_EDF, ids, weights)
     if name == "grouped_mm_compiled":
+        torch.compiler.reset()  # after eight shapes of one module's code it would silently run uncompiled
         return torch.compile(transformers_experts("grouped_mm", gate_up_E2FD, down_EDF))
     if name == "liger":
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction

@@ -65,7 +65,7 @@ def cuda_library() -> str:
     library = ctypes.CDLL(str(path))
     library.sail_cuda_archs.restype = ctypes.c_char_p
     archs = ", ".join(f"sm_{arch}" for arch in library.sail_cuda_archs().decode().split(","))
-    return f"{path}, for {archs}"
+    return f"{path}, for {archs}" + (", with CUTLASS's grouped GEMM" if _library.has_cutlass() else "")
 
 
 def cuda_devices() -> list[str]:

@@ -44,6 +44,15 @@ def use_triton(asked: bool = False) -> tuple[str, ...]:
 TRITON = use_triton(os.environ.get("SAIL_OPS_TRITON") == "1") if torch.version.cuda else ()
 
 
+def has_cutlass() -> bool:
+    """Whether CUTLASS's grouped GEMM is in the CUDA library; SAIL_OPS_CUDA_KERNELS=cutlass gives it to grouped_mm."""
+    if not HAS_CUDA:
+        return False
+    library = ctypes.CDLL(str(CUDA_LIBRARY))
+    library.sail_cuda_has_cutlass.restype = ctypes.c_bool
+    return bool(library.sail_cuda_has_cutlass())
+
+
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: generic, avx2, avx512 or avx512_bf16."""
     return _text(_cpu.sail_cpu_isa())

@@ -4,7 +4,6 @@ cpu (default): one run per CPU instruction set of this machine;  emulated: the C
 
 import os
 from collections.abc import Generator, Iterator
-from functools import partial
 
 import hypothesis
 import pytest
@@ -19,9 +18,21 @@ hypothesis.settings.load_profile("repeatable")
 DEVICE = os.environ.get("SAIL_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     os.environ["SAIL_OPS_CHECK"] = "1"  # bad values raise as on the CPU
-if DEVICE == "cuda":  # for every tensor and random number of the tests, those made at import too
-    torch.set_default_device("cuda")
-    torch.Generator = partial(torch.Generator, device="cuda")  # type: ignore[misc, assignment]
+
+
+def make_everything_on(device: str) -> None:
+    """Every tensor and random number of the tests, those made at import too."""
+
+    class Generator(torch.Generator):  # a class still: torch's modules name it in annotations as they are imported
+        def __new__(cls, device: str = device) -> "Generator":
+            return super().__new__(cls, device)
+
+    torch.set_default_device(device)
+    torch.Generator = Generator  # type: ignore[misc]
+
+
+if DEVICE == "cuda":
+    make_everything_on("cuda")
 # what the CUDA kernels refuse, naming it
 NOT_ON_CUDA = (
     "got float32, expected bfloat16 or float16 on a CUDA device",

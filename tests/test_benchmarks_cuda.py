@@ -73,10 +73,10 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_attn_stand_in.install(monkeypatch)
 
 
-def row(test: Callable[..., None], *arguments: Any) -> dict[str, Any]:
+def row(test: Callable[..., None], *arguments: Any, limits: tuple[Limits, ...] = (LIMITS,)) -> dict[str, Any]:
     """What a case records."""
     benchmark = Benchmark(extra_info={})
-    test(benchmark, *arguments, LIMITS)
+    test(benchmark, *arguments, *limits)
     return benchmark.extra_info
 
 
@@ -121,7 +121,8 @@ def test_torchs_packed_attention_has_the_arguments() -> None:
 @pytest.mark.parametrize("op", bench_norm.OPS)
 def test_every_norm_peer_computes_the_operator(op: str) -> None:
     steps = bench_norm.NormSteps(op, torch.float32, bench_norm.SHAPES["tiny"], "cpu")
-    compare(steps, lambda: [t.grad for t in steps.inputs], ["sail", "torch", "compiled"])
+    for name in bench_norm.PEERS:
+        torch.testing.assert_close(steps.gradients(name), steps.gradients("sail"), rtol=1e-3, atol=1e-4)
 
 
 def test_every_loss_computes_the_loss() -> None:
@@ -170,7 +171,7 @@ def test_a_run_and_its_tables(
     monkeypatch.setattr(moe, "peers_of", lambda case: ["grouped_mm", "liger", "sail_recompute"])
     rows = [row(moe.test_fused_experts, case)]
     rows += [row(attention.test_attention, name) for name in ("S1024-train", "ragged-train", "decode8")]
-    rows += [row(norm.test_norm, op, bench_norm.SHAPES["tiny"]) for op in bench_norm.OPS]
+    rows += [row(norm.test_norm, op, bench_norm.SHAPES["tiny"], limits=()) for op in bench_norm.OPS]
     rows += [row(loss.test_loss), row(step.test_decoder_layer, 16), row(step.test_decoder_layer, 20)]
     for r in rows:
         assert r["ms"]["sail"] > 0 and set(r["speedup"]) | set(r["not_measured"]) > {"liger"} or "flash_attn" in r["ms"]

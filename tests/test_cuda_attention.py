@@ -141,12 +141,13 @@ def test_errors(library_of_operators: None) -> None:
 
 
 FORWARD, BACKWARD, TILE = (f"attention_{part}_sm80.cuh" for part in ("forward", "backward", "tile"))
+SOFTMAX = "attention_softmax.cuh"
 MUTANTS = {
     "a tile is not waited for": (FORWARD, "cp_async_wait<Shape::kSlots - 2>", "cp_async_wait<9>"),
     "a slot is used again too early": (FORWARD, "- 2>();\n    __syncthreads();", "- 2>();"),
     "queries see a key too many": (FORWARD, "w.behind) - (w.n1", "w.behind + 1) - (w.n1"),
     "the last key is not seen": (FORWARD, "min(w.n1 - 1,", "min(w.n1 - 2,"),
-    "old sums keep their scale": (FORWARD, "changed || m != old", "changed"),
+    "old sums keep their scale": (SOFTMAX, "changed || m != old", "changed"),
     "dq does not wait": (
         BACKWARD,
         "wait<Shape::kSlots - 2>();\n    __syncthreads();\n    const uint32_t other",

@@ -1,5 +1,6 @@
 """What nvcc made of the CUDA sources: the instructions that the kernels are written for, no stack, no spills."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -52,12 +53,37 @@ def test_instructions(arch: str) -> None:
 @needs_library
 @pytest.mark.parametrize("arch", PARTS)
 def test_products_are_the_tensor_cores(arch: str) -> None:
-    """Every grouped GEMM multiplies by mma, and every one of namespace sm90 by wgmma."""
+    """Every grouped GEMM and attention multiplies by mma, every one of namespace sm90 by wgmma of what TMA brings."""
     for name, text in kernels(arch).items():
-        if "rows_kernel" not in name and "wgrad_kernel" not in name or "sail4cuda4sm" not in name:
+        if not re.search(r"sail4cuda4sm\w+(rows|wgrad|attention_forward)_kernel", name):
             continue
-        instruction = "HGMMA" if "sail4cuda4sm90" in name else "HMMA"
-        assert re.search(rf"\b{instruction}\b", text), name
+        instructions = ("HGMMA", "UTMALDG") if "sail4cuda4sm90" in name else ("HMMA",)
+        for instruction in instructions:
+            assert re.search(rf"\b{instruction}\b", text), name
+
+
+@needs_library
+def test_softmax_runs_beside_a_product() -> None:
+    """Between the wait for scores (one product may still run) and the wait for that product: ptxas may move either."""
+    found = {n: t for n, t in kernels("sm_90a").items() if "sail4cuda4sm90" in n and "attention_forward_kernel" in n}
+    assert len(found) == 8
+    for name, text in found.items():
+        beside = re.search(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", text, flags=re.S)
+        assert beside, name
+        assert beside[1].count("MUFU.EX2") >= 64 and "HGMMA" not in beside[1], name
+
+
+@needs_library
+def test_cutlass_is_wgmma_too() -> None:
+    code = {name: text for name, text in kernels("sm_90a").items() if "7cutlass" in name}
+    if not code and os.environ.get("SAIL_OPS_CUTLASS") != "ON":
+        pytest.skip("a library without CUTLASS: SAIL_OPS_CUTLASS=ON builds it in")
+    products = [text for name, text in code.items() if "device_kernel" in name]
+    assert len(products) == 2  # bf16, fp16
+    for text in products:
+        for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"):
+            assert re.search(rf"\b{instruction}\b", text), instruction
+    assert sum("describe_groups" in name for name in code) == 2
 
 
 @needs_library
@@ -65,6 +91,16 @@ def test_no_stack_and_no_local_memory() -> None:
     usage = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", read("-res-usage"))
     assert len(usage) > 40
     assert [name for name, _, stack, local in usage if int(stack) or int(local)] == []
+
+
+@needs_library
+def test_shared_memory_that_no_launch_asks_for() -> None:
+    """The sort's is dynamic up to 48 KB, less what its kernel has besides (sm_90a lists a KB more, the system's)."""
+    text = (ROOT / "csrc" / "cuda" / "kernels" / "routing_metadata.cuh").read_text()
+    dynamic = eval(re.search(r"kSortShared = ([\d *-]+);", text)[1])
+    usage = read("-arch", "sm_80", "-res-usage")
+    (own,) = re.findall(r"Function \S*sort_rows_kernel\S*:\s*REG:\d+ STACK:\d+ SHARED:(\d+)", usage)
+    assert 0 < int(own) <= 48 * 1024 - dynamic
 
 
 @needs_library

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from expert_layer import Layer, detached, layer
+from expert_layer import Layer, detached, layer, offsets
 from torch import Tensor
 
 import sail_ops
@@ -141,6 +141,31 @@ def test_memory_is_within_the_formulas(recompute: bool) -> None:
     row_map, results = T * K * 20, 3 * T * D * 2 + T * K * 8  # y, dy, dx, dweights
     dots = (F // 64) * T * K * 4
     assert transient <= T * (2 * D * K + 6 * F * K) + row_map + dots + results + slack
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [(700, 0, 129, 1, 300), (0, 0, 0, 0, 0)], ids=["groups", "all_tail"])
+def test_grouped_mm_of_several_tiles(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    """Weights along k and whole vectors: what CUTLASS takes too, under SAIL_OPS_CUDA_KERNELS=cutlass."""
+    x = testing.random(1200, 264, dtype=dtype).cuda().requires_grad_()
+    w = testing.random(5, 520, 264, dtype=dtype, scale=264**-0.5, seed=1).cuda().transpose(1, 2).requires_grad_()
+    ends = offsets(*rows).cuda()
+    testing.check_op(sail_ops.grouped_mm, reference.grouped_mm, x, w, ends, pool={"args[1]": 256})
+    testing.check_repeatable(sail_ops.grouped_mm, x, w, ends)
+
+
+def test_grouped_mm_runs_the_kernels_asked_for() -> None:
+    wanted = os.environ.get("SAIL_OPS_CUDA_KERNELS") or (
+        "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"
+    )
+    x, w = testing.random(64, 64, dtype=torch.bfloat16).cuda(), testing.random(2, 64, 64, dtype=torch.bfloat16).cuda()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sail_ops.grouped_mm(x, w.transpose(1, 2), offsets(30, 34).cuda())
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    if not names:
+        pytest.skip("the profiler sees no kernels here")
+    assert any(wanted in name and "gemm" in name or f"{wanted}::rows_kernel" in name for name in names), names
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -82,9 +82,9 @@ def test_fp32_experts_are_refused() -> None:
 
 
 def test_too_many_experts() -> None:
-    x, E = torch.zeros(1, 8, dtype=torch.bfloat16), 12289
+    x, E = torch.zeros(1, 8, dtype=torch.bfloat16), 12033
     weights = x.new_zeros(E, 2, 8), x.new_zeros(E, 8, 1)
-    with pytest.raises(ValueError, match="down: got E = 12289, expected at most 12288 experts"):
+    with pytest.raises(ValueError, match="down: got E = 12033, expected at most 12032 experts"):
         sail_ops.fused_experts(x, *weights, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
 
 
@@ -146,3 +146,9 @@ def test_values_are_checked_on_demand() -> None:
     assert (
         probe(replay, SAIL_OPS_CHECK="1") == "ValueError sail_ops.route_topk: ids_TK: got id 4, expected ids in [0, 4)"
     )
+
+
+@pytest.mark.parametrize("name", ["sm90", "cutlass"])
+def test_unknown_kernels_are_refused(name: str) -> None:
+    said = probe(LAYER, SAIL_OPS_CUDA_KERNELS=name)
+    assert said.startswith(f"ValueError sail_ops: SAIL_OPS_CUDA_KERNELS: got '{name}', expected sm80; cutlass needs a")

@@ -13,6 +13,7 @@ X, GATE_UP, DOWN, IDS, WEIGHTS = (t.detach() for t in layer(ExpertsCase(T, D, F,
 BIASES = torch.zeros(E, 2 * F), torch.zeros(E, D)
 W = GATE_UP.transpose(1, 2)
 ENDS = offsets(2, 1, 2)
+HERE = X.device
 
 
 def fused(**changed) -> Tensor:
@@ -67,8 +68,11 @@ FUSED = {
     "no_choice": ({"ids_TK": IDS[:, :0], "weights_TK": WEIGHTS[:, :0]}, "ids: got K = 0, expected K >= 1"),
     "weights_shape": ({"weights_TK": WEIGHTS[:, :1]}, r"weights: got shape \[6, 1\], expected shape \[6, 2\]"),
     "weights_dtype": ({"weights_TK": WEIGHTS.half()}, "weights: got float16, expected float32 or x's dtype, float32"),
-    "device": ({"ids_TK": IDS.to("meta")}, "got a tensor on meta, expected cpu|got a tensor on cpu, expected meta"),
-    "weight_device": ({"down_EDF": DOWN.to("meta")}, "down: got a tensor on meta, expected cpu"),
+    "device": (
+        {"ids_TK": IDS.to("meta")},
+        f"got a tensor on meta, expected {HERE}|got a tensor on {HERE}, expected meta",
+    ),
+    "weight_device": ({"down_EDF": DOWN.to("meta")}, f"down: got a tensor on meta, expected {HERE}"),
 }
 GROUPED = {
     "offsets_dtype": ({"offsets_E": ENDS.long()}, "offsets: got int64, expected int32"),
@@ -81,7 +85,7 @@ GROUPED = {
     "offsets_past": ({"offsets_E": offsets(2, 3, 2)}, "offsets: got 7 at 2 after 5, expected .* within 6 rows"),
     "weights_shape": ({"weights_R": WEIGHTS[:5, 0]}, r"weights: got shape \[5\], expected shape \[6\]"),
     "weights_dtype": ({"weights_R": WEIGHTS[:, 0].half()}, "weights: got float16, expected float32 or x's dtype"),
-    "device": ({"offsets_E": ENDS.to("meta")}, "got a tensor on meta, expected cpu"),
+    "device": ({"offsets_E": ENDS.to("meta")}, f"got a tensor on meta, expected {HERE}"),
 }
 MM = {
     "x_rank": ({"x_RK": X[0]}, r"x: got shape \[8\], expected 2 dimensions"),
@@ -100,7 +104,7 @@ MM = {
     "offsets_dtype": ({"offsets_E": ENDS.long()}, "offsets: got int64, expected int32"),
     "offsets_fall": ({"offsets_E": torch.tensor([3, 2, 6]).int()}, "offsets: got 2 at 1 after 3"),
     "offsets_past": ({"offsets_E": offsets(2, 3, 2)}, "offsets: got 7 at 2 after 5"),
-    "device": ({"w_EKN": W.to("meta")}, "w: got a tensor on meta, expected cpu"),
+    "device": ({"w_EKN": W.to("meta")}, f"w: got a tensor on meta, expected {HERE}"),
 }
 
 

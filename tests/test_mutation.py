@@ -70,16 +70,16 @@ MUTANTS = {
         "layer_norm", "norm.cpp", "norm.cpp", "grads[i] = grads[i] + grads[i + n]", "grads[i] = grads[i]"
     ),
     "rotation the other way": Mutant(
-        "rope", "rope.cpp", "rope.cpp", "x.low * cos.low - x.high * sin.low", "x.low * cos.low + x.high * sin.low"
+        "rope", "rope.cpp", "rope.cpp", "x.low * a.cos.low - x.high", "x.low * a.cos.low + x.high"
     ),
     "gradient not rotated back": Mutant(
-        "rope", "rope.cpp", "rope.cpp", "y.low * cos.low + y.high * sin.high", "y.low * cos.low - y.high * sin.high"
+        "rope", "rope.cpp", "rope.cpp", "y.low * a.cos.low + y.high", "y.low * a.cos.low - y.high"
     ),
     "heads' weight missing in the dot product": Mutant(
         "qk_norm_rope", "rope.cpp", "rope.cpp", "fma(n.low * wv.low, v.low", "fma(n.low, v.low"
     ),
     "only the last head in dweight": Mutant(
-        "qk_norm_rope", "rope.cpp", "rope.cpp", "{before.low + n.low", "{vf{} + n.low"
+        "qk_norm_rope", "rope.cpp", "rope.cpp", "{before.low + terms", "{vf{} + terms"
     ),
     "positions ignored": Mutant(
         "rope_positions", HOST + "rope.cpp", HOST + "rope.cpp", "positions_ ? position(token) : 0", "token"

@@ -234,6 +234,7 @@ def test_bad_input(call, message: str) -> None:
         call()
 
 
+@pytest.mark.cpu_only
 def test_a_device_without_an_implementation_is_named() -> None:
     with pytest.raises(NotImplementedError, match=r"sail_ops::rms_norm.*CPU"):
         sail_ops.rms_norm(torch.ones(2, 8).to_mkldnn(), W)

@@ -47,7 +47,7 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
   Tensor out = huge_like(gate);
   const Rows o(c, "out", out);
   const auto kernel = activation_kernels().swiglu[static_cast<int>(dtype)];
-  const bool stream = streams(gate.numel() * element_size(dtype), g.width() * element_size(dtype));
+  const bool stream = streams(c, out, g.width());
   Pieces({&g, &u, &o}, element_size(dtype)).parallel([&](int64_t row, int64_t at, int64_t n) {
     kernel(g[row] + at, u[row] + at, o[row] + at, n, stream);
   });
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gat
   Tensor dgate = huge_like(gate), dup = huge_like(gate);
   const Rows dg(c, "dgate", dgate), du(c, "dup", dup);
   const auto kernel = activation_kernels().swiglu_backward[static_cast<int>(dtype)];
-  const bool stream = streams(gate.numel() * element_size(dtype), g.width() * element_size(dtype));
+  const bool stream = streams(c, dgate, g.width()) && streams(c, dup, g.width());
   Pieces({&d, &g, &u, &dg, &du}, element_size(dtype)).parallel([&](int64_t row, int64_t at, int64_t n) {
     kernel(d[row] + at, g[row] + at, u[row] + at, dg[row] + at, du[row] + at, n, stream);
   });

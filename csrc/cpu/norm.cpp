@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Check& c, BackwardKernel kerne
   ColumnSums dweight(weight, need_dweight, rows), dbias(weight, need_dbias, rows);
   const DType dtype = c.real("x", x);
   const auto kernel = kernels[static_cast<int>(dtype)];
-  const bool stream = need_dx && streams(x.numel() * element_size(dtype), in.width() * element_size(dtype));
+  const bool stream = need_dx && streams(c, dx, in.width());
 #pragma omp parallel for num_threads(threads(x.numel()))
   for (int64_t b = 0; b < dweight.blocks; b++)
     for (int64_t r = b * kBlock, stop = std::min(rows, r + kBlock); r < stop; r += kNormGroup) {

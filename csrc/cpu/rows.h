@@ -9,11 +9,13 @@
 namespace sail::cpu {
 inline int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 
-// Whether a result of this size is stored past the caches: where it and as much input overflow the last one, its lines
-// would be read first and driven out again before anyone needs them. A store is 64 bytes, aligned.
-inline bool streams(int64_t bytes, int64_t row_bytes) {
+// Whether a result, written by rows of `width` elements, is stored past the caches: where it and as much input overflow
+// the last one, its lines would be read first and driven out again before anyone needs them. A store is 64 bytes, aligned.
+inline bool streams(const Check& c, const Tensor& result, int64_t width) {
   static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20);
-  return 2 * bytes > cache && row_bytes % 64 == 0;
+  const int64_t element = element_size(c.real("result", result));
+  const bool aligned = reinterpret_cast<uintptr_t>(result.data()) % 64 == 0 && width * element % 64 == 0;
+  return aligned && 2 * result.numel() * element > cache;
 }
 
 class Rows {

@@ -94,7 +94,12 @@ void forward(const Check& c, const Tensor& q, AttentionForward a, int64_t max_q,
   const DeviceGuard guard(q.device_index());
   const Card card = card_of(c, q);
   const Launch launch = launch_on(c, q, card);
-  if (max_q > kFewQueries || !a.rows()) return sm80::attention_forward(a, launch);
+  if (max_q > kFewQueries || !a.rows()) {
+#ifdef SAIL_CUDA_SM90
+    if (prefers_sm90(card) && sm90::attention_forward(a, launch)) return;
+#endif
+    return sm80::attention_forward(a, launch);
+  }
   AttentionDecode d = {};
   static_cast<AttentionForward&>(d) = a;
   d.most_queries = std::max<int64_t>(max_q, 1);

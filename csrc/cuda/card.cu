@@ -2,9 +2,12 @@
 
 #include <stdlib.h>
 
+#include "cutlass/grouped_mm.h"
 #include "launch.h"
 
 namespace sail::cuda {
+const CutlassGemm* cutlass_gemm = nullptr;
+
 namespace {
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -19,9 +22,20 @@ std::string arch_list() {
   return text;
 }
 
-bool kernels_wanted(const char* which) {
-  const char* kernels = getenv("SAIL_OPS_CUDA_KERNELS");
-  return kernels && !strcmp(kernels, which);
+// SAIL_OPS_CUDA_KERNELS
+enum class Kernels { best, sm80, cutlass };
+Kernels kernels_wanted() {
+  static const Kernels wanted = [] {
+    const char* text = getenv("SAIL_OPS_CUDA_KERNELS");
+    const std::string name = text ? text : "";
+    if (name.empty()) return Kernels::best;
+    if (name == "sm80") return Kernels::sm80;
+    if (name == "cutlass" && cutlass_gemm) return Kernels::cutlass;
+    throw std::invalid_argument(
+        "sail_ops: SAIL_OPS_CUDA_KERNELS: got '" + name + "', expected sm80" +
+        (cutlass_gemm ? " or cutlass" : "; cutlass needs a library built with SAIL_OPS_CUTLASS=ON"));
+  }();
+  return wanted;
 }
 
 [[noreturn]] void fail_unsupported(const Check& c, int device, int major, int minor) {
@@ -44,19 +58,17 @@ Card card_of(const Check& c, const Tensor& t) {
       attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   if (card.major < 8 || !has_code(SAIL_CUDA_ARCHS, card.major, card.minor))
     fail_unsupported(c, device, card.major, card.minor);
+  kernels_wanted();  // a name that is none is said by every operator
   return card;
 }
 
-bool prefers_sm90(const Card& card) {
-  static const bool forced = kernels_wanted("sm80");
-  return card.major == 9 && card.minor == 0 && !forced;
-}
+bool prefers_sm90(const Card& card) { return card.major == 9 && card.minor == 0 && kernels_wanted() != Kernels::sm80; }
 
 bool prefers_cutlass(const Card& card) {
-  static const bool wanted = kernels_wanted("cutlass");
-  return card.major == 9 && card.minor == 0 && wanted;
+  return card.major == 9 && card.minor == 0 && kernels_wanted() == Kernels::cutlass;
 }
 }  // namespace sail::cuda
 
 // For `python -m sail_ops` (ctypes): what this library was compiled for.
 extern "C" __attribute__((visibility("default"))) const char* sail_cuda_archs() { return SAIL_CUDA_ARCHS; }
+extern "C" __attribute__((visibility("default"))) bool sail_cuda_has_cutlass() { return sail::cuda::cutlass_gemm; }

@@ -27,8 +27,8 @@ constexpr bool has_code(const char* archs, int major, int minor) {
   return false;
 }
 
-// The grouped GEMM for this card: wgmma and TMA on compute capability 9.0 where the problem's alignment allows, otherwise
-// mma.sync and cp.async. SAIL_OPS_CUDA_KERNELS=sm80 takes the latter everywhere, to compare the two.
+// The grouped GEMM (and attention's forward) for this card: wgmma and TMA on compute capability 9.0 where the problem's
+// alignment allows, otherwise mma.sync and cp.async. SAIL_OPS_CUDA_KERNELS=sm80 takes the latter everywhere, to compare.
 bool prefers_sm90(const Card& card);
 bool prefers_cutlass(const Card& card);  // grouped_mm alone, SAIL_OPS_CUDA_KERNELS=cutlass
 template <class Problem, class Output>

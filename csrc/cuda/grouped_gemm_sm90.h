@@ -1,13 +1,8 @@
 // The launcher of the grouped GEMM for Hopper. The kernels of each dtype have a file of their own: they compile side by
 // side, for sm_90a alone, as no other target has wgmma.
 #pragma once
-#include <cuda.h>
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "kernels/dispatch_sm90.cuh"
+#include "tensor_map.h"
 
 namespace sail::cuda::sm90 {
 template <class T, class Problem, class Arguments>
@@ -17,34 +12,10 @@ inline void check(cudaError_t e) {
   if (e != cudaSuccess) throw std::runtime_error(std::string("sail_ops: grouped GEMM: CUDA: ") + cudaGetErrorString(e));
 }
 
-// libcuda is not linked: it comes with the driver, and the library loads where there is none.
-inline auto encode_tiled() {
-  static const auto function = [] {
-    void* p = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &found));
-#else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &p, cudaEnableDefault, &found));
-#endif
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("sail_ops: the driver has no tensor maps");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(p);
-  }();
-  return function;
-}
-
 struct Start {
   const Launch& with;
 
-  bool encode(const TensorBox& b, CUtensorMap* map) const {
-    if (!b.encodable()) return false;
-    const uint32_t ones[3] = {1, 1, 1};
-    const auto type = with.dtype == Element::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    // 256 bytes from memory: the second row of 128 belongs to the next step
-    return encode_tiled()(map, type, 3, const_cast<void*>(b.data), b.size, b.stride, b.box, ones,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-  }
+  bool encode(const TensorBox& b, CUtensorMap* map) const { return cuda::encode(b, with.dtype, map); }
 
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t tiles, const Arguments& arguments) const {

@@ -22,13 +22,10 @@ void multiply(const Call& call, const MatrixProblem& p, const Tensor& w, const R
                                depth,
                                true};
   const StoreRows to = {out.data(), columns, nullptr, nullptr};
-#ifdef SAIL_CUDA_CUTLASS
-  if (prefers_cutlass(call.card) && cutlass_takes(problem, to)) {
-    const Tensor memory = call.floats((cutlass_workspace(problem, call.launch(p.dtype)) + 3) / 4);
-    if (cutlass_grouped_gemm(problem, to, call.launch(p.dtype), memory.data())) return;
-    throw std::runtime_error("sail_ops.grouped_mm: CUTLASS refused a problem that it should take");
+  if (prefers_cutlass(call.card) && cutlass_gemm->takes(problem, to)) {
+    const Tensor memory = call.floats((cutlass_gemm->workspace(problem, call.launch(p.dtype)) + 3) / 4);
+    return cutlass_gemm->run(problem, to, call.launch(p.dtype), memory.data());
   }
-#endif
   grouped_gemm(call.card, problem, to, call.launch(p.dtype));
 }
 

@@ -16,17 +16,6 @@ struct Start {
   }
 };
 
-// how: fp16, seed; sizes: B, S, L, H, G, D, causal; strides: batch, token, head of q, of k, of v
-template <class Problem>
-void set(Problem& a, const void* q, const void* k, const void* v, const int32_t* cu_q, const int32_t* cu_k,
-         const int64_t* sizes, const int64_t* strides, double scale) {
-  a.q = {q, strides[0], strides[1], strides[2]};
-  a.k = {k, strides[3], strides[4], strides[5]};
-  a.v = {v, strides[6], strides[7], strides[8]};
-  a.cu_q = cu_q, a.cu_k = cu_k;
-  a.B = sizes[0], a.S = sizes[1], a.L = sizes[2], a.H = sizes[3], a.G = sizes[4], a.D = sizes[5];
-  a.causal = sizes[6] != 0, a.scale = static_cast<float>(scale);
-}
 template <class Problem> const char* run(const int64_t* how, const Problem& a) {
   return emu::guard([&] {
     if (how[0] == 0) return sm80::dispatch<__nv_bfloat16>(a, Start{how[1]});
@@ -37,25 +26,9 @@ template <class Problem> const char* run(const int64_t* how, const Problem& a) {
 }
 }  // namespace
 
+#include "attention_calls.h"
+
 extern "C" {
-const char* allow(const void* p, int64_t bytes) {
-  emu::allow(p, static_cast<size_t>(bytes));
-  return nullptr;
-}
-const char* forget_allowed() {
-  emu::forget_allowed();
-  return nullptr;
-}
-
-const char* forward(const int64_t* how, const void* q, const void* k, const void* v, const int32_t* cu_q,
-                    const int32_t* cu_k, const int64_t* sizes, const int64_t* strides, double scale, void* out,
-                    float* lse) {
-  AttentionForward a = {};
-  set(a, q, k, v, cu_q, cu_k, sizes, strides, scale);
-  a.out = out, a.lse = lse;
-  return run(how, a);
-}
-
 // split: most queries of a sequence, splits, keys of each
 const char* decode(const int64_t* how, const void* q, const void* k, const void* v, const int32_t* cu_q,
                    const int32_t* cu_k, const int64_t* sizes, const int64_t* strides, double scale, void* out,

@@ -10,13 +10,7 @@ struct How {
 };
 struct Start {
   const How& how;
-  bool encode(const TensorBox& b, CUtensorMap* map) const {
-    if (!b.encodable()) return false;
-    map->data = static_cast<const char*>(b.data);
-    for (int i = 0; i < 3; i++) map->size[i] = b.size[i], map->box[i] = b.box[i];
-    for (int i = 0; i < 2; i++) map->stride[i] = b.stride[i];
-    return true;
-  }
+  bool encode(const TensorBox& b, CUtensorMap* map) const { return ptx::encode(b, map); }
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t tiles, const Arguments& arguments) const {
     emu::Options options;

@@ -6,6 +6,7 @@ namespace sail::cuda::ptx {
 inline uint32_t shared_address(const void* p) { return emu::shared_address(p); }
 
 inline void named_barrier(int id, int threads) { emu::barrier(id, threads); }
+inline void named_barrier_arrive(int id, int threads) { emu::barrier(id, threads, false); }
 inline uint32_t fresh(uint32_t x) { return x; }
 inline float exp2(float x) { return ::exp2f(x); }
 

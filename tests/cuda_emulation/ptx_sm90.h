@@ -1,29 +1,31 @@
 // csrc/cuda/kernels/ptx_sm90.cuh on the fibers of emulation.h, from what the PTX ISA documents and nothing else:
 //   mbarrier   9.7.13.15: a phase ends when the pending count and the transaction count are both zero
 //   TMA        9.7.9.27 and 5.5: boxes, zeros outside of the tensor, 128-byte swizzle by address bits
-//   wgmma      9.7.16.5.1.2: matrix descriptors and their canonical layouts; 9.7.16.5.1.1.3: the accumulator's layout
+//   wgmma      9.7.16.5.1.2: matrix descriptors and their canonical layouts; 9.7.16.5.1.1: fragments in registers, those
+//              of A and of the accumulator
 // Everything asynchronous happens as late as it may: a box or a cp.async lands when a thread waits for a barrier that
-// lacks nothing else, and leaves NaN until then; wgmma reads its operands at wait_group, finds out if they changed since
-// it was issued, and leaves NaN in the accumulators until then.
+// lacks nothing else, and leaves NaN until then; wgmma reads its operands, registers too, at wait_group, finds out if they
+// changed since it was issued, and leaves NaN in the accumulators until then.
 #pragma once
 #include <map>
 
 #include "ptx.h"
 
 struct alignas(64)
-    CUtensorMap {  // what cuTensorMapEncodeTiled was given; 16-bit elements, 128-byte swizzle, 3 dimensions
+    CUtensorMap {  // what cuTensorMapEncodeTiled was given; 16-bit elements, 128-byte swizzle, 3 or 4 dimensions
   const char* data;
-  uint64_t size[3];    // elements
-  uint64_t stride[2];  // bytes, of dimensions 1 and 2
-  uint32_t box[3];     // elements
+  int dims;
+  uint64_t size[4];    // elements
+  uint64_t stride[3];  // bytes, of dimensions 1 to 3
+  uint32_t box[4];     // elements
 };
 
 namespace sail::cuda::ptx {
 struct Box {  // one tensor copy on its way
   const CUtensorMap* map;
-  int32_t at[3];
+  int32_t at[4];
   uint32_t to;
-  int64_t bytes() const { return int64_t{2} * map->box[0] * map->box[1] * map->box[2]; }
+  int64_t bytes() const { return int64_t{2} * map->box[0] * map->box[1] * map->box[2]; }  // and one of dimension 3
 };
 struct Arrival {  // one cp.async.mbarrier.arrive on its way
   emu::Fiber* thread;
@@ -38,13 +40,15 @@ struct MBarrier {
 };
 struct Call {  // one lane's wgmma
   uint64_t a, b;
+  const uint32_t* fragment;  // four registers instead of a, or null
   float* d;
   int columns;
-  bool trans_a, trans_b, bf16;
+  bool add, trans_a, trans_b, bf16;
 };
 struct Product : Call {  // one in flight, a warp's 16 rows of it
   uint64_t sum;          // of its operands when it was issued
   float* lanes[emu::kWarp];
+  const uint32_t* fragments[emu::kWarp];
 };
 struct Accumulator {
   std::vector<float> values[emu::kWarp];
@@ -98,9 +102,10 @@ inline void land(const Box& box) {
   const CUtensorMap& m = *box.map;
   for (uint32_t z = 0; z < m.box[2]; z++)
     for (uint32_t y = 0; y < m.box[1]; y++) {
-      const uint64_t at[3] = {static_cast<uint64_t>(box.at[0]), box.at[1] + uint64_t{y}, box.at[2] + uint64_t{z}};
-      const bool inside = at[1] < m.size[1] && at[2] < m.size[2];
-      const char* from = m.data + at[0] * 2 + at[1] * m.stride[0] + at[2] * m.stride[1];
+      const uint64_t at[4] = {static_cast<uint64_t>(box.at[0]), box.at[1] + uint64_t{y}, box.at[2] + uint64_t{z},
+                              static_cast<uint64_t>(box.at[3])};
+      const bool inside = at[1] < m.size[1] && at[2] < m.size[2] && (m.dims == 3 || at[3] < m.size[3]);
+      const char* from = m.data + at[0] * 2 + at[1] * m.stride[0] + at[2] * m.stride[1] + at[3] * m.stride[2];
       for (uint32_t x = 0; x < m.box[0]; x += 8) {  // 16 bytes, which the swizzle keeps together
         char* to = emu::block().shared + swizzle_128(box.to + ((z * m.box[1] + y) * m.box[0] + x) * 2);
         const uint64_t left = m.size[0] > at[0] + x ? m.size[0] - at[0] - x : 0;
@@ -170,16 +175,31 @@ inline void mbarrier_wait(uint64_t* p, uint32_t parity) {
 inline void fence_proxy_async() { state().proxy_fence[&emu::self()] = state().now++; }
 
 // ---- tensor copies
-inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y, int32_t z) {
-  const Box box{map, {x, y, z}, emu::shared_address(to)};
-  if (map->box[0] != 64) emu::fail("a box that is not 128 bytes wide");
-  if (x < 0 || y < 0 || z < 0) emu::fail("a box at negative coordinates is not emulated");
+template <class TensorBox> bool encode(const TensorBox& b, CUtensorMap* map) {  // as csrc/cuda/tensor_map.h
+  if (!b.encodable()) return false;
+  map->data = static_cast<const char*>(b.data), map->dims = b.dims;
+  for (int i = 0; i < 4; i++) map->size[i] = b.size[i], map->box[i] = b.box[i];
+  for (int i = 0; i < 3; i++) map->stride[i] = b.stride[i];
+  return true;
+}
+inline void load_box(const Box& box, void* to, uint64_t* p, int dims) {
+  if (box.map->dims != dims) emu::fail("a box of other dimensions than its map");
+  if (box.map->box[0] != 64) emu::fail("a box that is not 128 bytes wide");
+  if (dims == 4 && box.map->box[3] != 1) emu::fail("a box of more than one of dimension 3 is not emulated");
+  for (int32_t at : box.at)
+    if (at < 0) emu::fail("a box at negative coordinates is not emulated");
   if (box.to % 1024) emu::fail("a swizzled box at no multiple of 1024");
   if (box.to + box.bytes() > static_cast<int64_t>(emu::block().shared_bytes)) emu::fail("a box past shared memory");
   memset(to, 0xff, static_cast<size_t>(box.bytes()));
   MBarrier& b = barrier_at(p);
   b.boxes.push_back(box);
   advance(b);
+}
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y, int32_t z) {
+  load_box({map, {x, y, z, 0}, emu::shared_address(to)}, to, p, 3);
+}
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y, int32_t z, int32_t w) {
+  load_box({map, {x, y, z, w}, emu::shared_address(to)}, to, p, 4);
 }
 
 template <int kRegisters> void take_registers() { static_assert(kRegisters % 8 == 0 && kRegisters <= 256); }
@@ -207,18 +227,21 @@ template <class F> void for_chunks(uint64_t descriptor, bool mn_major, int first
     for (int k = 0; k < 16; k += mn_major ? 1 : 8) f(element_address(descriptor, mn_major, first + i, k), i, k);
 }
 template <class F> void for_operands(const Call& p, int first_row, F f) {
-  for_chunks(p.a, p.trans_a, first_row, 16, [&](uint32_t at, int i, int k) { f(at, true, i, k); });
+  if (!p.fragment) for_chunks(p.a, p.trans_a, first_row, 16, [&](uint32_t at, int i, int k) { f(at, true, i, k); });
   for_chunks(p.b, p.trans_b, 0, p.columns, [&](uint32_t at, int i, int k) { f(at, false, i, k); });
 }
 
 // Tells whether the operands are still what they were.
-inline uint64_t checksum(const Call& p, int first_row) {
+inline uint64_t checksum(const Product& p, int first_row) {
   uint64_t sum = 14695981039346656037u;
-  for_operands(p, first_row, [&](uint32_t at, bool, int, int) {
+  const auto add = [&sum](const void* from) {
     uint64_t words[2];
-    memcpy(words, emu::block().shared + at, 16);
+    memcpy(words, from, 16);
     for (uint64_t w : words) sum = (sum ^ w) * 1099511628211u;
-  });
+  };
+  for_operands(p, first_row, [&](uint32_t at, bool, int, int) { add(emu::block().shared + at); });
+  if (p.fragment)
+    for (const uint32_t* registers : p.fragments) add(registers);
   return sum;
 }
 
@@ -237,11 +260,11 @@ inline void check_proxy(const Call& p, int first_row, emu::Fiber** lanes) {
 inline void issue(emu::Fiber** lanes) {
   const int id = lanes[0]->warp;
   Warp& w = state().warps[id];
-  Product p{emu::argument_of<Call>(lanes[0]), 0, {}};
+  Product p{emu::argument_of<Call>(lanes[0]), 0, {}, {}};
   for (int l = 0; l < emu::kWarp; l++) {
     const Call& other = emu::argument_of<Call>(lanes[l]);
     if (other.a != p.a || other.b != p.b) emu::fail("wgmma: descriptors differ within a warp");
-    p.lanes[l] = other.d;
+    p.lanes[l] = other.d, p.fragments[l] = other.fragment;
   }
   const auto [nth, first] = state().descriptors.insert({{id / 4, w.issued++}, {p.a, p.b}});
   if (!first && nth->second != std::make_pair(p.a, p.b)) emu::fail("wgmma: descriptors differ within a warp group");
@@ -249,7 +272,7 @@ inline void issue(emu::Fiber** lanes) {
   if (d.in_flight++ == 0) {
     if (!w.fenced) emu::fail("wgmma without wgmma.fence before it");
     for (int l = 0; l < emu::kWarp; l++) {
-      d.values[l].assign(p.lanes[l], p.lanes[l] + p.columns / 2);
+      d.values[l].assign(p.lanes[l], p.lanes[l] + p.columns / 2);  // finish() lets them go where nothing is added
       memset(p.lanes[l], 0xff, sizeof(float) * static_cast<size_t>(p.columns / 2));
     }
   }
@@ -265,7 +288,7 @@ inline float element_value(uint16_t bits, bool bf16) {
   return bf16 ? static_cast<float>(b) : static_cast<float>(h);
 }
 inline void finish(Warp& w, int id, const Product& p) {
-  static float a[16][16], b[16][256], c[16][256];
+  static float a[16][16], b[16][256], c[16][256];  // of the latter, p.columns
   if (checksum(p, id % 4 * 16) != p.sum) emu::fail("an operand of wgmma changed while it was read");
   for_operands(p, id % 4 * 16, [&](uint32_t at, bool is_a, int i, int k) {
     uint16_t bits[8];
@@ -276,13 +299,21 @@ inline void finish(Warp& w, int id, const Product& p) {
       (is_a ? a[mn][at_k] : b[at_k][mn]) = element_value(bits[n], p.bf16);
     }
   });
+  for (int l = 0; p.fragment && l < emu::kWarp; l++)
+    for (int r = 0; r < 4; r++)
+      for (int high = 0; high < 2; high++)
+        a[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8 + high] =
+            element_value(static_cast<uint16_t>(p.fragments[l][r] >> 16 * high), p.bf16);
   memset(c, 0, sizeof c);
   for (int i = 0; i < 16; i++)
     for (int k = 0; k < 16; k++)
-      for (int j = 0; j < 256; j++) c[i][j] += a[i][k] * b[k][j];
+      for (int j = 0; j < p.columns; j++) c[i][j] += a[i][k] * b[k][j];
   Accumulator& d = w.accumulators[p.d];
   for (int l = 0; l < emu::kWarp; l++)
-    for (int i = 0; i < p.columns / 2; i++) d.values[l][i] += c[l / 4 + (i & 2) * 4][i / 4 * 8 + l % 4 * 2 + (i & 1)];
+    for (int i = 0; i < p.columns / 2; i++) {
+      const float sum = c[l / 4 + (i & 2) * 4][i / 4 * 8 + l % 4 * 2 + (i & 1)];
+      d.values[l][i] = p.add ? d.values[l][i] + sum : sum;
+    }
   if (--d.in_flight) return;
   for (int l = 0; l < emu::kWarp; l++) memcpy(p.lanes[l], d.values[l].data(), sizeof(float) * d.values[l].size());
   w.accumulators.erase(p.d);
@@ -307,9 +338,14 @@ template <int kPending> void wgmma_wait() {
     if (w.accumulators.empty()) w.fenced = false;
   });
 }
-template <int N> void hold(float (&)[N]) {}
-template <class T, int kN, bool kTransA, bool kTransB> void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
-  const Call call{a, b, d, kN, kTransA, kTransB, std::is_same_v<T, __nv_bfloat16>};
+template <class T, int N> void hold(T (&)[N]) {}
+template <class T, int kN, bool kAdd, bool kMNA, bool kMNB> void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
+  const Call call{a, b, nullptr, d, kN, kAdd, kMNA, kMNB, std::is_same_v<T, __nv_bfloat16>};
+  emu::warp_collective<char>("wgmma", ~0u, call, issue);
+}
+template <class T, int kN, bool kAdd, bool kMNB>
+void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+  const Call call{0, b, a, d, kN, kAdd, false, kMNB, std::is_same_v<T, __nv_bfloat16>};
   emu::warp_collective<char>("wgmma", ~0u, call, issue);
 }
 }  // namespace sail::cuda::ptx

@@ -3,11 +3,21 @@
 # and the wheels of the tests and of the peers, for Python 3.12. There: SAIL_WHEELS=wheels make -C sail-ops gpu-check
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out=build/gpu-bundle most=60
+out=build/gpu-bundle most=60 python=${PYTHON:-python3}
 rm -rf "$out" && mkdir -p "$out/wheels" "$out/sail-ops"
-[ -e sail_ops/libsail_ops_cuda.so ] || echo "no CUDA library here: the other machine builds it, if it has nvcc"
 git archive HEAD | tar -x -C "$out/sail-ops"
-cp sail_ops/*.so "$out/sail-ops/sail_ops/"
+if command -v nvcc >/dev/null; then  # with CUTLASS's grouped GEMM, the second opinion on ours
+  "$python" -m pip install --quiet --no-deps --constraint constraints.txt nvidia-cutlass
+  export SAIL_OPS_CUDA=ON SAIL_OPS_CUTLASS=ON
+else
+  echo "no nvcc here: the other machine builds the CUDA library, if it has one"
+fi
+built=$(mktemp -d)
+trap 'rm -rf "$built"' EXIT
+"$python" -m pip wheel --quiet --no-deps --wheel-dir "$built" .
+"$python" -m zipfile -e "$built"/sail_ops-*.whl "$built"
+cp "$built"/sail_ops/*.so "$out/sail-ops/sail_ops/"
+cp -r "$built"/sail_ops-*.dist-info "$out/sail-ops/"  # the version, where setuptools is none or old
 # for the tests; liger-kernel and transformers as peers, with what they import beside torch and numpy
 wheels=(pytest pytest-benchmark py-cpuinfo pluggy iniconfig packaging pygments hypothesis sortedcontainers
         liger-kernel transformers huggingface_hub tokenizers safetensors regex tqdm pyyaml filelock fsspec
@@ -15,7 +25,7 @@ wheels=(pytest pytest-benchmark py-cpuinfo pluggy iniconfig packaging pygments h
         typer shellingham rich annotated-doc markdown-it-py mdurl pydantic pydantic_core annotated-types typing-inspection)
 platforms=()
 for p in manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 any; do platforms+=(--platform "$p"); done
-"${PYTHON:-python3}" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+"$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   "${platforms[@]}" --constraint constraints.txt --dest "$out/wheels" "${wheels[@]}"
 size=$(du -sm "$out" | cut -f1)
 echo "$out: $size MB, $(find "$out/wheels" -name '*.whl' | wc -l) wheels"

@@ -53,7 +53,7 @@ def stages(tests: bool = True, benchmarks: bool = True) -> dict[str, tuple[list[
 
 def test_stages() -> dict[str, tuple[list[str], dict[str, str]]]:
     """The CPU's suites with every tensor on the card, and what only a card can show."""
-    pytest = [*python("pytest"), "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    pytest = [*python("pytest"), "-q", "--maxfail=10", "--tb=short", "-p", "no:cacheprovider"]
 
     def files(suites: list[str]) -> list[str]:
         return [f"tests/test_{suite}.py" for suite in suites]
@@ -63,6 +63,9 @@ def test_stages() -> dict[str, tuple[list[str], dict[str, str]]]:
     sm80 = on_card | {"SAIL_OPS_CUDA_KERNELS": "sm80"}
     found["the same with the sm_80 kernels"] = [*pytest, *files(SM80_SUITES)], sm80
     found["graphs, streams, memory"] = [*pytest, "tests/test_cuda_device.py"], {}
+    if has_cutlass():
+        chosen = [*pytest, "tests/test_cuda_device.py", "-k", "grouped_mm"]
+        found["grouped_mm by CUTLASS"] = chosen, {"SAIL_OPS_CUDA_KERNELS": "cutlass"}
     return found
 
 
@@ -75,6 +78,11 @@ def sanitizer_stages() -> dict[str, tuple[list[str], dict[str, str]]]:
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         found[f"compute-sanitizer {tool}"] = ([*sanitizer, sys.executable, "tests/gpu/small_steps.py"], alone)
     return found
+
+
+def has_cutlass() -> bool:
+    code = "from sail_ops import _library; raise SystemExit(not _library.has_cutlass())"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def sanitizer_options(tool: str) -> list[str]:
@@ -99,8 +107,9 @@ def prepare() -> dict[str, str]:
             sys.exit(f"gpu-check: {LIBRARY} is missing and there is no nvcc to build it")
         setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
         subprocess.run(setup, check=True, cwd=ROOT, env=environment | {"SAIL_OPS_CUDA": "ON"})
-    # a checkout that was only unpacked has no metadata, and the report and the results name the version
-    subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT, check=True)
+    # a checkout that was only unpacked has no metadata (a bundle has), and the report and the results name the version
+    if not [*ROOT.glob("sail_ops*.egg-info"), *ROOT.glob("sail_ops*.dist-info")]:
+        subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT, env=environment, check=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
     return environment
 

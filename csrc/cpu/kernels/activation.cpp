@@ -6,19 +6,12 @@ namespace sail::cpu::SAIL_ISA {
 namespace {
 vf2 sigmoid(vf2 x) { return {fast_sigmoid(x.a), fast_sigmoid(x.b)}; }
 
-template <class T, class Lanes> void put(T* p, vf2 v, Lanes lanes, bool stream) {
-  if (stream)
-    stream2(p, v, lanes);
-  else
-    store2(p, v, lanes);
-}
-
 template <class T> void swiglu_kernel(const void* gp, const void* up, void* op, int64_t n, bool stream) {
   const T *gate = static_cast<const T*>(gp), *u = static_cast<const T*>(up);
   T* out = static_cast<T*>(op);
   for_pairs(n, [=](int64_t c, auto lanes) {
     const vf2 g = load2(gate + c, lanes);
-    put(out + c, g * sigmoid(g) * load2(u + c, lanes), lanes, stream);
+    put2(out + c, g * sigmoid(g) * load2(u + c, lanes), lanes, stream);
   });
   if (stream) fence();
 }
@@ -32,8 +25,8 @@ void swiglu_backward_kernel(const void* dp, const void* gp, const void* up, void
   for_pairs(n, [=](int64_t c, auto lanes) {
     const vf2 g = load2(gate + c, lanes), d = load2(grad + c, lanes), s = sigmoid(g);
     const vf2 slope = {1.f + g.a * (1.f - s.a), 1.f + g.b * (1.f - s.b)};
-    put(dgate + c, d * load2(u + c, lanes) * s * slope, lanes, stream);
-    put(du + c, d * g * s, lanes, stream);
+    put2(dgate + c, d * load2(u + c, lanes) * s * slope, lanes, stream);
+    put2(du + c, d * g * s, lanes, stream);
   });
   if (stream) fence();
 }

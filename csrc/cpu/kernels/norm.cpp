@@ -12,36 +12,40 @@ namespace {
 inline double mean_of(vf2 total, int64_t D) { return static_cast<double>(sum(sum2(total))) / static_cast<double>(D); }
 inline double inverse_sqrt(double variance, float eps) { return 1 / sqrt(variance + static_cast<double>(eps)); }
 
-template <class T> vf2 sum_of_row(const T* x, int64_t D) {
-  return sum_pairs<vf2>(D, [=](int64_t c, auto lanes, vf2& acc) { acc = acc + load2(x + c, lanes); });
+// A row of x, or of x + residual as the backward will see it: rounded, and added anew in each pass rather than read back.
+template <class T, bool ADD> struct Input {
+  const T *x, *residual;
+  template <class Lanes> vf2 operator()(int64_t c, Lanes lanes) const {
+    const vf2 v = load2(x + c, lanes);
+    return ADD ? rounded<T>(v + load2(residual + c, lanes)) : v;
+  }
+};
+
+template <class Row> vf2 sum_of_row(Row row, int64_t D) {
+  return sum_pairs<vf2>(D, [=](int64_t c, auto lanes, vf2& acc) { acc = acc + row(c, lanes); });
 }
 
-// x - mean, 0 in the lanes past the end of the row
-template <class T> inline vf2 centered(const T* x, float mean, All) { return load2(x, All{}) - mean; }
-template <class T> inline vf2 centered(const T* x, float mean, Some s) {
+// 1 in the lanes within the row, 0 past its end
+template <class T> inline vf2 within(Some s) {
   T ones[2 * W] = {};
   for (int i = 0; i < s.n; i++) from_float(1, ones + i);
-  return (load2(x, s) - mean) * load2(ones, All{});
+  return load2(ones, All{});
 }
+template <class T> inline vf2 centered(vf2 v, float mean, All) { return v - mean; }
+template <class T> inline vf2 centered(vf2 v, float mean, Some s) { return (v - mean) * within<T>(s); }
 
 struct RowSums {
   vf2 squares, rest;  // rest: of x - mean, what the rounding of the mean left
 };
 inline RowSums operator+(RowSums a, RowSums b) { return {a.squares + b.squares, a.rest + b.rest}; }
 
-template <class T, bool LAYER> void norm_kernel(const NormRow& in) {
-  const T *x = static_cast<const T*>(in.x), *residual = static_cast<const T*>(in.residual);
+template <class T, bool LAYER, bool ADD> void norm_row(const NormRow& in) {
+  const Input<T, ADD> row = {static_cast<const T*>(in.x), static_cast<const T*>(in.residual)};
   const T *w = static_cast<const T*>(in.weight), *bias = static_cast<const T*>(in.bias);
   T *y = static_cast<T*>(in.y), *total = static_cast<T*>(in.sum);
-  if (residual) {
-    for_pairs(in.D, [=](int64_t c, auto lanes) {
-      store2(total + c, load2(x + c, lanes) + load2(residual + c, lanes), lanes);
-    });
-    x = total;  // rounded, as the backward will see it
-  }
-  const float mean = LAYER ? static_cast<float>(mean_of(sum_of_row(x, in.D), in.D)) : 0.f;
+  const float mean = LAYER ? static_cast<float>(mean_of(sum_of_row(row, in.D), in.D)) : 0.f;
   const RowSums sums = sum_pairs<RowSums>(in.D, [=](int64_t c, auto lanes, RowSums& acc) {
-    const vf2 v = LAYER ? centered(x + c, mean, lanes) : load2(x + c, lanes);
+    const vf2 v = LAYER ? centered<T>(row(c, lanes), mean, lanes) : row(c, lanes);
     acc.squares = fma(v, v, acc.squares);
     if (LAYER) acc.rest = acc.rest + v;
   });
@@ -49,9 +53,14 @@ template <class T, bool LAYER> void norm_kernel(const NormRow& in) {
   const float r = static_cast<float>(inverse_sqrt(mean_of(sums.squares, in.D) - rest * rest, in.eps));
   const float d = static_cast<float>(rest);
   for_pairs(in.D, [=](int64_t c, auto lanes) {
-    const vf2 v = load2(x + c, lanes), scaled = (LAYER ? v - mean - d : v) * r * load2(w + c, lanes);
+    const vf2 v = row(c, lanes), scaled = (LAYER ? v - mean - d : v) * r * load2(w + c, lanes);
+    if (ADD) store2(total + c, v, lanes);
     store2(y + c, LAYER && bias ? scaled + load2(bias + c, lanes) : scaled, lanes);
   });
+}
+
+template <class T, bool LAYER> void norm_kernel(const NormRow& in) {
+  in.residual ? norm_row<T, LAYER, true>(in) : norm_row<T, LAYER, false>(in);
 }
 
 struct BackwardSums {
@@ -73,9 +82,10 @@ template <class T, bool LAYER, int N> void backward_rows(const NormBackwardRows&
     const T* xi = x[i] = static_cast<const T*>(in.x[first + i]);
     grad_sum[i] = static_cast<const T*>(in.grad_sum[first + i]);
     dx[i] = static_cast<T*>(in.dx[first + i]);
-    const float m = mean[i] = LAYER ? static_cast<float>(mean_of(sum_of_row(xi, in.D), in.D)) : 0.f;
+    const Input<T, false> row = {xi, nullptr};
+    const float m = mean[i] = LAYER ? static_cast<float>(mean_of(sum_of_row(row, in.D), in.D)) : 0.f;
     const BackwardSums sums = sum_pairs<BackwardSums>(in.D, [=](int64_t c, auto lanes, BackwardSums& acc) {
-      const vf2 v = LAYER ? centered(xi + c, m, lanes) : load2(xi + c, lanes);
+      const vf2 v = LAYER ? centered<T>(row(c, lanes), m, lanes) : row(c, lanes);
       const vf2 wg = load2(w + c, lanes) * load2(gi + c, lanes);
       acc.squares = fma(v, v, acc.squares);
       acc.dot = fma(wg, v, acc.dot);
@@ -100,10 +110,7 @@ template <class T, bool LAYER, int N> void backward_rows(const NormBackwardRows&
       vf2 d = wv * gv - v * dot[i];
       d = (LAYER ? d - mean_wg[i] : d) * r[i];
       if (add) d = d + load2(grad_sum[i] + c, lanes);
-      if (in.stream)
-        stream2(dx[i] + c, d, lanes);
-      else
-        store2(dx[i] + c, d, lanes);
+      put2(dx[i] + c, d, lanes, in.stream);
     }
     for (int n = N / 2; n; n /= 2)
       for (int i = 0; i < n; i++) term[i] = term[i] + term[i + n], grads[i] = grads[i] + grads[i + n];

@@ -74,6 +74,24 @@ template <class T> static inline void store2(T* p, vf2 v, Some s) {
 }
 
 template <class T> static inline void stream2(T* p, vf2 v, Some s) { store2(p, v, s); }
+template <class T, class Lanes> static inline void put2(T* p, vf2 v, Lanes lanes, bool past_caches) {
+  if (past_caches)
+    stream2(p, v, lanes);
+  else
+    store2(p, v, lanes);
+}
+
+// v as T holds it
+template <class T> static inline vf2 rounded(vf2 v) {
+  T tmp[2 * W];
+  store2(tmp, v, All{});
+  return load2(tmp, All{});
+}
+template <> inline vf2 rounded<float>(vf2 v) { return v; }
+template <> inline vf2 rounded<bf16>(vf2 v) {
+  const vu u = narrow2(v);
+  return {reinterpret_cast<vf>(u << 16), reinterpret_cast<vf>(u & 0xffff0000)};
+}
 
 // body(c, lanes) for c = 0, 2W, 4W, ... < n
 template <class Body> static inline void for_pairs(int64_t n, Body body) {

@@ -14,13 +14,18 @@ template <class T, class Lanes> Halves halves(const T* x, int64_t half, int64_t 
   return {load(x + c, lanes), load(x + half + c, lanes)};
 }
 
-template <class Lanes> Halves rotate(Halves x, const RopeHeads& in, int64_t half, int64_t c, Lanes lanes) {
-  const Halves cos = halves(in.cos, half, c, lanes), sin = halves(in.sin, half, c, lanes);
-  return {x.low * cos.low - x.high * sin.low, x.high * cos.high + x.low * sin.high};
+// cos and sin of the same columns of both halves
+struct Angles {
+  Halves cos, sin;
+};
+template <class Lanes> Angles angles(const RopeHeads& in, int64_t half, int64_t c, Lanes lanes) {
+  return {halves(in.cos, half, c, lanes), halves(in.sin, half, c, lanes)};
 }
-template <class Lanes> Halves rotate_back(Halves y, const RopeHeads& in, int64_t half, int64_t c, Lanes lanes) {
-  const Halves cos = halves(in.cos, half, c, lanes), sin = halves(in.sin, half, c, lanes);
-  return {y.low * cos.low + y.high * sin.high, y.high * cos.high - y.low * sin.low};
+inline Halves rotate(Halves x, const Angles& a) {
+  return {x.low * a.cos.low - x.high * a.sin.low, x.high * a.cos.high + x.low * a.sin.high};
+}
+inline Halves rotate_back(Halves y, const Angles& a) {
+  return {y.low * a.cos.low + y.high * a.sin.high, y.high * a.cos.high - y.low * a.sin.low};
 }
 
 template <class T, class Lanes> void put(T* y, int64_t half, int64_t c, Halves v, Lanes lanes) {
@@ -31,67 +36,107 @@ template <class T, class Lanes> void put(T* y, int64_t half, int64_t c, Halves v
 template <class T> const T* head(const void* base, int64_t h, int64_t step) {
   return reinterpret_cast<const T*>(static_cast<const char*>(base) + h * step);
 }
+template <class T> T* result(const RopeHeads& in, int64_t h) { return static_cast<T*>(in.y) + h * in.A; }
 
-template <class T, bool TRANSPOSED> void rope_kernel(const RopeHeads& in) {
-  const int64_t half = in.A / 2;
-  for (int64_t h = 0; h < in.heads; h++) {
-    const T* x = TRANSPOSED ? head<T>(in.grad, h, in.grad_step) : head<T>(in.x, h, in.x_step);
-    T* y = static_cast<T*>(in.y) + h * in.A;
-    for_vectors(half, [&](int64_t c, auto lanes) {
-      const Halves v = halves(x, half, c, lanes);
-      put(y, half, c, TRANSPOSED ? rotate_back(v, in, half, c, lanes) : rotate(v, in, half, c, lanes), lanes);
-    });
-  }
+// heads(first, number of them) for groups of kGroup and what is left: a group shares its angles and weights, and the
+// sums of its heads overlap
+constexpr int kGroup = 2;
+template <int N> struct Number {
+  static constexpr int value = N;
+};
+template <class Heads> void for_groups(int64_t n, Heads heads) {
+  int64_t h = 0;
+  for (; h + kGroup <= n; h += kGroup) heads(h, Number<kGroup>{});
+  for (; h < n; h++) heads(h, Number<1>{});
 }
 
-template <class T> double inverse_rms(const T* x, int64_t A, float eps) {
-  const vf squares = sum_vectors<vf>(A, [=](int64_t c, auto lanes, vf& acc) {
-    const vf v = load(x + c, lanes);
-    acc = fma(v, v, acc);
+template <class T, bool TRANSPOSED, int N> void rope_heads(const RopeHeads& in, int64_t first) {
+  const int64_t half = in.A / 2;
+  for_vectors(half, [&](int64_t c, auto lanes) {
+    const Angles a = angles(in, half, c, lanes);
+    for (int i = 0; i < N; i++) {
+      const T* x = TRANSPOSED ? head<T>(in.grad, first + i, in.grad_step) : head<T>(in.x, first + i, in.x_step);
+      const Halves v = halves(x, half, c, lanes);
+      put(result<T>(in, first + i), half, c, TRANSPOSED ? rotate_back(v, a) : rotate(v, a), lanes);
+    }
   });
-  return 1 / sqrt(static_cast<double>(sum(squares)) / static_cast<double>(A) + static_cast<double>(eps));
+}
+
+template <class T, bool TRANSPOSED> void rope_kernel(const RopeHeads& in) {
+  for_groups(in.heads, [&](int64_t first, auto n) { rope_heads<T, TRANSPOSED, n.value>(in, first); });
+}
+
+inline vf squared(Halves v, vf acc) { return fma(v.low, v.low, fma(v.high, v.high, acc)); }
+inline double inverse_rms(vf squares, const RopeHeads& in) {
+  return 1 / sqrt(static_cast<double>(sum(squares)) / static_cast<double>(in.A) + static_cast<double>(in.eps));
+}
+
+template <class T, int N> void norm_rope_heads(const RopeHeads& in, int64_t first) {
+  const int64_t half = in.A / 2;
+  const T* w = static_cast<const T*>(in.weight);
+  float r[N];
+  for (int i = 0; i < N; i++) {
+    const T* x = head<T>(in.x, first + i, in.x_step);
+    const vf squares =
+        sum_vectors<vf>(half, [=](int64_t c, auto lanes, vf& acc) { acc = squared(halves(x, half, c, lanes), acc); });
+    r[i] = static_cast<float>(inverse_rms(squares, in));
+  }
+  for_vectors(half, [&](int64_t c, auto lanes) {
+    const Angles a = angles(in, half, c, lanes);
+    const Halves wv = halves(w, half, c, lanes);
+    for (int i = 0; i < N; i++) {
+      const Halves v = halves(head<T>(in.x, first + i, in.x_step), half, c, lanes);
+      const Halves normed = {v.low * r[i] * wv.low, v.high * r[i] * wv.high};
+      put(result<T>(in, first + i), half, c, rotate(normed, a), lanes);
+    }
+  });
 }
 
 template <class T> void norm_rope_kernel(const RopeHeads& in) {
-  const int64_t half = in.A / 2;
-  const T* w = static_cast<const T*>(in.weight);
-  for (int64_t h = 0; h < in.heads; h++) {
-    const T* x = head<T>(in.x, h, in.x_step);
-    T* y = static_cast<T*>(in.y) + h * in.A;
-    const float r = static_cast<float>(inverse_rms(x, in.A, in.eps));
-    for_vectors(half, [&](int64_t c, auto lanes) {
-      const Halves v = halves(x, half, c, lanes), wv = halves(w, half, c, lanes);
-      put(y, half, c, rotate({v.low * r * wv.low, v.high * r * wv.high}, in, half, c, lanes), lanes);
-    });
-  }
+  for_groups(in.heads, [&](int64_t first, auto n) { norm_rope_heads<T, n.value>(in, first); });
 }
 
+struct HeadSums {
+  vf squares, dot;
+};
+inline HeadSums operator+(HeadSums a, HeadSums b) { return {a.squares + b.squares, a.dot + b.dot}; }
+
 // With n the gradient of the norm's result: dx = r (w n - x r^2 mean(w n x)), dweight += sum over heads of n x r
-template <class T> void norm_rope_backward_kernel(const RopeHeads& in) {
+template <class T, int N> void backward_heads(const RopeHeads& in, int64_t first) {
   const int64_t half = in.A / 2;
-  const T* w = static_cast<const T*>(in.weight);
-  float* dw = in.dweight;
-  for (int64_t h = 0; h < in.heads; h++) {
-    const T *x = head<T>(in.x, h, in.x_step), *g = head<T>(in.grad, h, in.grad_step);
-    T* dx = static_cast<T*>(in.y) + h * in.A;
-    const double inverse = inverse_rms(x, in.A, in.eps);
-    const vf dots = sum_vectors<vf>(half, [&](int64_t c, auto lanes, vf& acc) {
-      const Halves n = rotate_back(halves(g, half, c, lanes), in, half, c, lanes);
-      const Halves v = halves(x, half, c, lanes), wv = halves(w, half, c, lanes);
-      acc += fma(n.low * wv.low, v.low, n.high * wv.high * v.high);
+  const T *w = static_cast<const T*>(in.weight), *x[N], *g[N];
+  float *dw = in.dweight, r[N], dot[N];
+  for (int i = 0; i < N; i++) {
+    const T* xi = x[i] = head<T>(in.x, first + i, in.x_step);
+    const T* gi = g[i] = head<T>(in.grad, first + i, in.grad_step);
+    const HeadSums sums = sum_vectors<HeadSums>(half, [&, xi, gi](int64_t c, auto lanes, HeadSums& acc) {
+      const Halves n = rotate_back(halves(gi, half, c, lanes), angles(in, half, c, lanes));
+      const Halves v = halves(xi, half, c, lanes), wv = halves(w, half, c, lanes);
+      acc.squares = squared(v, acc.squares);
+      acc.dot += fma(n.low * wv.low, v.low, n.high * wv.high * v.high);
     });
-    const float r = static_cast<float>(inverse);
-    const float dot =
-        static_cast<float>(inverse * inverse * static_cast<double>(sum(dots)) / static_cast<double>(in.A));
-    for_vectors(half, [&](int64_t c, auto lanes) {
-      const Halves n = rotate_back(halves(g, half, c, lanes), in, half, c, lanes);
-      const Halves v = halves(x, half, c, lanes), wv = halves(w, half, c, lanes);
-      put(dx, half, c, {(wv.low * n.low - v.low * dot) * r, (wv.high * n.high - v.high * dot) * r}, lanes);
-      if (!dw) return;
-      const Halves before = halves(dw, half, c, lanes);
-      put(dw, half, c, {before.low + n.low * (v.low * r), before.high + n.high * (v.high * r)}, lanes);
-    });
+    const double inverse = inverse_rms(sums.squares, in);
+    r[i] = static_cast<float>(inverse);
+    dot[i] = static_cast<float>(inverse * inverse * static_cast<double>(sum(sums.dot)) / static_cast<double>(in.A));
   }
+  for_vectors(half, [&](int64_t c, auto lanes) {
+    const Angles a = angles(in, half, c, lanes);
+    const Halves wv = halves(w, half, c, lanes);
+    Halves terms = {};
+    for (int i = 0; i < N; i++) {
+      const Halves n = rotate_back(halves(g[i], half, c, lanes), a), v = halves(x[i], half, c, lanes);
+      const Halves dx = {(wv.low * n.low - v.low * dot[i]) * r[i], (wv.high * n.high - v.high * dot[i]) * r[i]};
+      put(result<T>(in, first + i), half, c, dx, lanes);
+      terms.low += n.low * (v.low * r[i]), terms.high += n.high * (v.high * r[i]);
+    }
+    if (!dw) return;
+    const Halves before = halves(dw, half, c, lanes);
+    put(dw, half, c, {before.low + terms.low, before.high + terms.high}, lanes);
+  });
+}
+
+template <class T> void norm_rope_backward_kernel(const RopeHeads& in) {
+  for_groups(in.heads, [&](int64_t first, auto n) { backward_heads<T, n.value>(in, first); });
 }
 
 template <class T> void widen_kernel(const void* in, int64_t n, float* out) {

@@ -3,6 +3,7 @@
 #ifndef NDEBUG
 #error "build with -DNDEBUG: CUTLASS's device asserts serialize wgmma"
 #endif
+#include "../kernels/cutlass_groups.cuh"
 #include "grouped_mm.h"
 
 #include <cutlass/cutlass.h>
@@ -13,6 +14,8 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
+#include <stdexcept>
+#include <string>
 
 namespace sail::cuda {
 namespace {
@@ -37,52 +40,20 @@ template <class T> struct Config {
       cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(Kernel::SharedStorageSize <= 227 << 10);
 };
 
-// What CUTLASS reads of each expert, in device memory.
-template <class T> struct Groups {
+template <class T> struct Described {
   using Kernel = typename Config<T>::Kernel;
-  ProblemShape::UnderlyingProblemShape* shape;
-  const T **a, **b;
-  T** d;
-  typename Kernel::InternalStrideA* a_stride;
-  typename Kernel::InternalStrideB* b_stride;
-  typename Kernel::InternalStrideD* d_stride;
-
-  // Lays the arrays out from `at` (null: only counts); returns the bytes.
-  int64_t place(char* at, int64_t E) {
-    int64_t used = 0;
-    const auto next = [&](auto*& p) {
-      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at + used);
-      used += (E * static_cast<int64_t>(sizeof *p) + 255) / 256 * 256;
-    };
-    next(shape), next(a), next(b), next(d), next(a_stride), next(b_stride), next(d_stride);
-    return used;
-  }
+  using Stride = typename Kernel::InternalStrideA;
+  static_assert(std::is_same_v<Stride, typename Kernel::InternalStrideB> &&
+                std::is_same_v<Stride, typename Kernel::InternalStrideD>);
+  using Type = Groups<T, ProblemShape::UnderlyingProblemShape, Stride>;
 };
 
-template <class T> __global__ void describe_groups_kernel(RowsProblem p, StoreRows out, Groups<T> g) {
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (e >= p.E) return;
-  const int32_t begin = p.offsets[e];
-  g.shape[e] = cute::make_shape(p.offsets[e + 1] - begin, static_cast<int>(p.N), static_cast<int>(p.K));
-  g.a[e] = static_cast<const T*>(p.a.data) + begin * p.a.stride;
-  g.b[e] = static_cast<const T*>(p.b.first) + e * p.b.expert_stride;
-  g.d[e] = static_cast<T*>(out.out) + begin * out.out_stride;
-  cute::get<0>(g.a_stride[e]) = p.a.stride;
-  cute::get<0>(g.b_stride[e]) = p.b.row_stride;
-  cute::get<0>(g.d_stride[e]) = out.out_stride;
-}
-
-__global__ void zero_tail_kernel(uint4* out, const int32_t* first, int64_t rows, int64_t row_vectors) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, end = rows * row_vectors;
-  for (int64_t i = *first * row_vectors + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end;
-       i += step)
-    out[i] = uint4{};
-}
-
-template <class T> typename Config<T>::Gemm::Arguments arguments(const RowsProblem& p, const Groups<T>& g,
-                                                                 int sm_count) {
+template <class T>
+typename Config<T>::Gemm::Arguments arguments(const RowsProblem& p, const typename Described<T>::Type& g,
+                                              int sm_count) {
   cutlass::KernelHardwareInfo hardware;
   hardware.sm_count = sm_count;
   return {cutlass::gemm::GemmUniversalMode::kGrouped,
@@ -93,44 +64,45 @@ template <class T> typename Config<T>::Gemm::Arguments arguments(const RowsProbl
 }
 
 template <class T> int64_t workspace(const RowsProblem& p, const Launch& launch) {
-  Groups<T> g;
+  typename Described<T>::Type g;
   const int64_t described = g.place(nullptr, p.E);
-  const auto bytes = Config<T>::Gemm::get_workspace_size(arguments<T>(p, g, launch.sm_count));
-  return described + static_cast<int64_t>(bytes);
+  return described + static_cast<int64_t>(Config<T>::Gemm::get_workspace_size(arguments<T>(p, g, launch.sm_count)));
 }
 
-template <class T> bool run(const RowsProblem& p, const StoreRows& out, const Launch& launch, char* memory) {
+void check(cudaError_t e) {
+  if (e != cudaSuccess) throw std::runtime_error(std::string("sail_ops: grouped GEMM: CUDA: ") + cudaGetErrorString(e));
+}
+void check(cutlass::Status s) {
+  if (s != cutlass::Status::kSuccess)
+    throw std::runtime_error(std::string("sail_ops: grouped GEMM: CUTLASS: ") + cutlassGetStatusString(s));
+}
+
+template <class T> void run(const RowsProblem& p, const StoreRows& out, const Launch& launch, char* memory) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  Groups<T> g;
+  typename Described<T>::Type g;
   char* rest = memory + g.place(memory, p.E);
-  describe_groups_kernel<T><<<static_cast<unsigned>((p.E + 127) / 128), 128, 0, stream>>>(p, out, g);
+  describe_groups_kernel<<<static_cast<unsigned>((p.E + 127) / 128), 128, 0, stream>>>(p, out, g);
   if (p.zero_tail)
     zero_tail_kernel<<<4 * launch.sm_count, 256, 0, stream>>>(static_cast<uint4*>(out.out), p.offsets + p.E, p.R,
                                                               p.N / 8);
+  check(cudaGetLastError());
   typename Config<T>::Gemm gemm;
   const auto a = arguments<T>(p, g, launch.sm_count);
-  return gemm.can_implement(a) == cutlass::Status::kSuccess &&
-         gemm.initialize(a, rest, stream) == cutlass::Status::kSuccess && gemm.run(stream) == cutlass::Status::kSuccess;
-}
-}  // namespace
-
-bool cutlass_takes(const RowsProblem& p, const StoreRows& out) {
-  const auto aligned = [](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
-  };
-  return p.layout == Layout::nk && !p.a.index && !p.b.second && !out.bias && !out.weight && out.out_stride == p.N &&
-         aligned(p.a.data, p.a.stride) && aligned(p.b.first, p.b.row_stride) && p.b.expert_stride % 8 == 0 &&
-         aligned(out.out, p.N) && p.K % 8 == 0;
+  check(gemm.can_implement(a));
+  check(gemm.initialize(a, rest, stream));
+  check(gemm.run(stream));
 }
 
-int64_t cutlass_workspace(const RowsProblem& p, const Launch& launch) {
+int64_t workspace_of(const RowsProblem& p, const Launch& launch) {
   return launch.dtype == Element::bf16 ? workspace<cutlass::bfloat16_t>(p, launch)
                                        : workspace<cutlass::half_t>(p, launch);
 }
-
-bool cutlass_grouped_gemm(const RowsProblem& p, const StoreRows& out, const Launch& launch, void* memory) {
+void run_on(const RowsProblem& p, const StoreRows& out, const Launch& launch, void* memory) {
   char* at = static_cast<char*>(memory);
-  return launch.dtype == Element::bf16 ? run<cutlass::bfloat16_t>(p, out, launch, at)
-                                       : run<cutlass::half_t>(p, out, launch, at);
+  launch.dtype == Element::bf16 ? run<cutlass::bfloat16_t>(p, out, launch, at)
+                                : run<cutlass::half_t>(p, out, launch, at);
 }
+const CutlassGemm gemm = {cutlass_takes, workspace_of, run_on};
+[[maybe_unused]] const bool linked = (cutlass_gemm = &gemm) != nullptr;
+}  // namespace
 }  // namespace sail::cuda

@@ -1,10 +1,13 @@
-// CUTLASS's grouped GEMM behind grouped_mm, in libraries built with SAIL_OPS_CUTLASS=ON.
+// CUTLASS's grouped GEMM behind grouped_mm.
 #pragma once
 #include "../kernels/grouped_gemm.h"
 
 namespace sail::cuda {
-// Whether it can: weights contiguous along k, rows in order, nothing fused, everything on 16 bytes.
-bool cutlass_takes(const RowsProblem& p, const StoreRows& out);
-int64_t cutlass_workspace(const RowsProblem& p, const Launch& launch);  // bytes, 256-byte aligned
-bool cutlass_grouped_gemm(const RowsProblem& p, const StoreRows& out, const Launch& launch, void* memory);
+struct CutlassGemm {
+  bool (*takes)(const RowsProblem& p, const StoreRows& out);
+  int64_t (*workspace)(const RowsProblem& p, const Launch& launch);  // bytes, 256-byte aligned
+  void (*run)(const RowsProblem& p, const StoreRows& out, const Launch& launch, void* memory);
+};
+// Set where its object is linked in (SAIL_OPS_CUTLASS=ON), otherwise null; no other object knows.
+extern const CutlassGemm* cutlass_gemm;
 }  // namespace sail::cuda

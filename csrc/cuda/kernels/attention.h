@@ -67,4 +67,7 @@ void attention_forward(const AttentionForward& a, const Launch& launch);
 void attention_decode(const AttentionDecode& a, const Launch& launch);
 void attention_backward(const AttentionBackward& a, const Launch& launch);
 }  // namespace sm80
+namespace sm90 {
+bool attention_forward(const AttentionForward& a, const Launch& launch);  // false: not for TMA, nothing was launched
+}  // namespace sm90
 }  // namespace sail::cuda

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       for (int j = 0; j < Shape::kN / 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - stats[row(i, e / 2)].y);
-    Operand<kF, Shape::kN> rounded;
+    Rounded<kF, Shape::kN> rounded;
     round_rows<T>(rounded, ds);
     add_product<T, Keys>(dq, rounded, key_tile);
     key_tile = other;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           if (masked && n + 16 * i + e / 2 * 8 - (i0 + 8 * j + e % 2) > behind) v = 0.f;
         }
     }
-    Operand<kF, Shape::kN> rounded;
+    Rounded<kF, Shape::kN> rounded;
     round_rows<T>(rounded, p);
     add_product<T, Queries>(dv, rounded, dout_tile);
     clear(ds);

@@ -1,5 +1,5 @@
-// Tile shapes of the attention kernels, by head dim: 64, 96 and 128; the heads between are filled up with zeros. No card
-// has run them: the reasons are counted, not measured (docs/decisions.md, "Attention on NVIDIA GPUs").
+// Tile shapes of the attention kernels, by head dim: 64, 96 and 128, with wgmma also 80; the heads between are filled up
+// with zeros. No card has run them: the reasons are counted, not measured (docs/decisions.md, "Attention on NVIDIA GPUs").
 #pragma once
 #include "attention.h"
 
@@ -31,3 +31,19 @@ using QueryGradShape = AttentionShape<D, 128, 32, 4, 2, D == 64 ? 2 : 1, (2 * 12
 template <int D>
 using KeyGradShape = AttentionShape<D, 128, 32, 8, 2, 1, (2 * 128 + 4 * 32) * head_bytes(D) + 2 * 32 * 8>;
 }  // namespace sail::cuda::sm80
+
+namespace sail::cuda::sm90 {
+// Blocks of kGroups consumer warp groups with 64 queries each, against tiles of kN keys and as many values. Two groups at
+// least: one computes probabilities while the other multiplies. 128 keys: scores, probabilities and 128 columns of sums
+// are 160 registers of a thread.
+template <int D, int Groups, int ProducerRegisters, int ConsumerRegisters> struct AttentionShape {
+  static constexpr int kD = D, kPanels = (D + 63) / 64, kGroups = Groups, kM = 64 * Groups, kN = 128;
+  static constexpr int kThreads = 128 * (1 + Groups), kSlots = 4;  // keys and values of two tiles
+  static constexpr int kProducerRegisters = ProducerRegisters, kConsumerRegisters = ConsumerRegisters;
+  static constexpr int kQueryBytes = kPanels * kM * 128, kTileBytes = kPanels * kN * 128;
+  static_assert(D % 16 == 0 && 128 * (ProducerRegisters + Groups * ConsumerRegisters) <= 65536);
+};
+// Half of the products to an exponential where D is 64: a third group fills the gaps.
+template <int D> struct ForwardShape : AttentionShape<D, 2, 40, 232> {};
+template <> struct ForwardShape<64> : AttentionShape<64, 3, 32, 160> {};
+}  // namespace sail::cuda::sm90

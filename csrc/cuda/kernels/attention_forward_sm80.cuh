@@ -13,75 +13,6 @@
 #include "attention_tile_sm80.cuh"
 
 namespace sail::cuda::sm80 {
-// max and sum of the softmax's exponentials, in units of log2; a lane's sum is of its own columns
-template <int kF> struct Softmax {
-  float max[kF][2], sum[kF][2];
-
-  __device__ __forceinline__ Softmax() {
-#pragma unroll
-    for (int i = 0; i < kF; i++) max[i][0] = max[i][1] = -INFINITY, sum[i][0] = sum[i][1] = 0.f;
-  }
-  // What is taken off the scores: a row that has seen nothing has no maximum.
-  __device__ __forceinline__ float base(int i, int half, float scale) const {
-    return max[i][half] == -INFINITY ? 0.f : __fmul_rn(max[i][half], scale);
-  }
-
-  // scores -> probabilities, not yet divided; what was summed under the old maximum is scaled to the new one.
-  template <int kN8, int kD8>
-  __device__ __forceinline__ void update(float (&s)[kF][kN8][4], float (&o)[kF][kD8][4], float scale) {
-    float factor[kF][2];
-    bool changed = false;
-#pragma unroll
-    for (int i = 0; i < kF; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float old = max[i][half];
-        float m = old;
-#pragma unroll
-        for (int j = 0; j < kN8; j++) m = fmaxf(m, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-        max[i][half] = m;
-        const float off = base(i, half, scale);
-        factor[i][half] = ptx::exp2(__fmul_rn(old, scale) - off);  // exactly 1 where the maximum stays
-        changed = changed || m != old;
-        float total = sum[i][half] * factor[i][half];
-#pragma unroll
-        for (int j = 0; j < kN8; j++)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; e++) {
-            s[i][j][e] = ptx::exp2(fmaf(s[i][j][e], scale, -off));
-            total += s[i][j][e];
-          }
-        sum[i][half] = total;
-      }
-    if (!__any_sync(~0u, changed)) return;  // after the first tiles it is rare that a row's maximum rises
-#pragma unroll
-    for (int i = 0; i < kF; i++)
-#pragma unroll
-      for (int j = 0; j < kD8; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) o[i][j][e] *= factor[i][e / 2];
-  }
-
-  // Sums over the four lanes of a row; then log2 of the denominator, and 1 / denominator or 0.
-  __device__ __forceinline__ void finish() {
-#pragma unroll
-    for (int i = 0; i < kF; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 1);
-        sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 2);
-      }
-  }
-  __device__ __forceinline__ float log2_sum(int i, int half, float scale) const {
-    return base(i, half, scale) + log2f(sum[i][half]);
-  }
-  __device__ __forceinline__ float inverse(int i, int half) const {
-    return sum[i][half] == 0.f ? 0.f : 1.f / sum[i][half];
-  }
-};
-
 // Row m of a block's sequence: a query, or with kSplit a query and one of the heads that share a key/value head.
 template <bool kSplit> struct QueryRows {
   int group, head0;
@@ -174,14 +105,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
     clear(p);
     const uint32_t key_tile = next_tile(left - Shape::kN, &keys, a.k.token);
     add_scores<T, Queries, Keys>(p, ptx::fresh(warp_queries), key_tile);
-    if (a.scale < 0) {
-#pragma unroll
-      for (int i = 0; i < kF; i++)
-#pragma unroll
-        for (int j = 0; j < Shape::kN / 8; j++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) p[i][j][e] = -p[i][j][e];
-    }
+    if (a.scale < 0) negate(p);
     const auto last = [&](int m) { return min(w.n1 - 1, rows.query(w.first + m) + w.behind) - (w.n1 - left); };
     if (last(warp_row) < Shape::kN - 1) {
 #pragma unroll
@@ -189,8 +113,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
 #pragma unroll
         for (int half = 0; half < 2; half++) mask(p[i], half, last(row(i, half)), -INFINITY);
     }
-    softmax.update(p, o, scale);
-    Operand<kF, Shape::kN> rounded;
+    softmax.update(p, scale);
+    softmax.rescale(o);
+    Rounded<kF, Shape::kN> rounded;
     round_rows<T>(rounded, p);
     add_product<T, Keys>(o, rounded, next_tile(left - Shape::kN, &values, a.v.token));
   }

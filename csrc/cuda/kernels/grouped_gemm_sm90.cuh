@@ -74,8 +74,8 @@ __device__ __forceinline__ void multiply(Shared& s, Ring& ring, int steps, bool 
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kTileK / 16; k++)
-      ptx::wgmma<T, kTileN, kAlongM, kAlongN>(acc, a + k * (Operand<kAlongM>::kStepBytes >> 4),
-                                              b + k * (Operand<kAlongN>::kStepBytes >> 4));
+      ptx::wgmma<T, kTileN, true, kAlongM, kAlongN>(acc, a + k * (Operand<kAlongM>::kStepBytes >> 4),
+                                                    b + k * (Operand<kAlongN>::kStepBytes >> 4));
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     if (i && speaks) ptx::mbarrier_arrive(&s.empty[previous]);

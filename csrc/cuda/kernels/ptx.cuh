@@ -1,5 +1,5 @@
 // The instructions from sm_80 on that C++ has no name for; with ptx_sm90.cuh the only inline assembly. PTX ISA 9.0:
-// 9.7.13.1 (bar.sync), 9.7.9.25.3 (cp.async), 9.7.14.5 (ldmatrix, mma). tests/cuda_emulation/ptx.h does the same on a CPU.
+// 9.7.13.1 (bar), 9.7.9.25.3 (cp.async), 9.7.14.5 (ldmatrix, mma). tests/cuda_emulation/ptx.h does the same on a CPU.
 // Shared memory is named by 32-bit addresses: they cost one register.
 #pragma once
 #ifdef SAIL_EMULATE_CUDA
@@ -17,6 +17,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // ---- a barrier of `threads` threads of the block, whole warps; id 0 is that of __syncthreads
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Counts as one that meets there, but goes on.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // The same value, but nothing that follows from it is computed ahead of the loop this stands in: addresses that are one

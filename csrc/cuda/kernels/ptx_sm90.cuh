@@ -56,6 +56,15 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y,
+                                         int32_t z, int32_t w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
 // ---- registers of a warp group: the kernel needs a cap at entry (__launch_bounds__), and every role one branch
 template <int kRegisters> __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -73,53 +82,89 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler takes d for written when wgmma was issued: this keeps other uses of it on their side of the fence or wait.
+// The compiler takes operands for read and written when wgmma was issued: this keeps other uses of them on their side of
+// the fence or wait.
 template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int N> __device__ __forceinline__ void hold(uint32_t (&a)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
+}
 
-// d[64, kN] += A[64, 16] B[kN, 16]^T. Both operands by descriptor; a transposed one is stored
-// along M or N instead of K. Thread t of the warp group holds row t / 32 * 16 + t % 32 / 4 (+ 8 in d[i] with i & 2)
-// and columns i / 4 * 8 + t % 4 * 2 + (i & 1): of every 8 columns what mma.m16n8 gives.
-#define SAIL_F8(d, i)                                                                                         \
+// d[64, kN] = (kAdd ? d : 0) + A[64, 16] B[kN, 16]^T. B by descriptor, A by descriptor or from registers; an operand along
+// MN is stored along M or N instead of K. Thread t of the warp group holds row t / 32 * 16 + t % 32 / 4 (+ 8 in d[i] with
+// i & 2) and columns i / 4 * 8 + t % 4 * 2 + (i & 1): of every 8 columns what mma.m16n8 gives. A in registers is what
+// mma.m16n8k16 takes.
+#define SAIL_OUT8(i)                                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define SAIL_F32(d, i) SAIL_F8(d, i), SAIL_F8(d, i + 8), SAIL_F8(d, i + 16), SAIL_F8(d, i + 24)
-#define SAIL_D64                                                                                                    \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"    \
-  "%57,%58,%59,%60,%61,%62,%63"
+#define SAIL_OUT32(i) SAIL_OUT8(i), SAIL_OUT8(i + 8), SAIL_OUT8(i + 16), SAIL_OUT8(i + 24)
+#define SAIL_OUT40 SAIL_OUT32(0), SAIL_OUT8(32)
+#define SAIL_OUT48 SAIL_OUT40, SAIL_OUT8(40)
+#define SAIL_OUT64 SAIL_OUT32(0), SAIL_OUT32(32)
+#define SAIL_OUT128 SAIL_OUT64, SAIL_OUT32(64), SAIL_OUT32(96)
+#define SAIL_D32                                                                                        \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+  "%27,%28,%29,%30,%31"
+#define SAIL_D40 SAIL_D32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define SAIL_D48 SAIL_D40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define SAIL_D64 SAIL_D48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define SAIL_D128                                                                                         \
   SAIL_D64                                                                                                \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
   "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
   "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define SAIL_WGMMA(n, type, list, a, b, ta, tb)                                                                  \
-  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " list "}, %" #a ", %" #b ", 1, 1, 1, %" #ta \
-  ", %" #tb ";"
+#define SAIL_WGMMA(n, type, list) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " list "}, "
 
-template <class T, int kN, bool kTransA, bool kTransB> struct Wgmma;
-#define SAIL_DEFINE_WGMMA(T, type)                                                        \
-  template <bool kTransA, bool kTransB> struct Wgmma<T, 256, kTransA, kTransB> {          \
-    static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b) { \
-      asm volatile(SAIL_WGMMA(256, type, SAIL_D128, 128, 129, 130, 131)                   \
-                   : SAIL_F32(d, 0), SAIL_F32(d, 32), SAIL_F32(d, 64), SAIL_F32(d, 96)    \
-                   : "l"(a), "l"(b), "n"(int(kTransA)), "n"(int(kTransB)));               \
-    }                                                                                     \
+template <class T, int kN> struct Wgmma;
+#define SAIL_DEFINE_WGMMA(T, type, n, list, outputs, p0, p1, p2, p3, p4, p5, p6)                          \
+  template <> struct Wgmma<T, n> {                                                                        \
+    template <bool kAdd, bool kMNA, bool kMNB>                                                            \
+    static __device__ __forceinline__ void run(float (&d)[n / 2], uint64_t a, uint64_t b) {               \
+      asm volatile(SAIL_WGMMA(n, type, list) "%" #p0 ", %" #p1 ", %" #p2 ", 1, 1, %" #p3 ", %" #p4 ";"    \
+                   : outputs                                                                              \
+                   : "l"(a), "l"(b), "n"(int(kAdd)), "n"(int(kMNA)), "n"(int(kMNB)));                     \
+    }                                                                                                     \
+    template <bool kAdd, bool kMNB>                                                                       \
+    static __device__ __forceinline__ void run(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b) {   \
+      asm volatile(SAIL_WGMMA(n, type, list) "{%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", %" #p5  \
+                                             ", 1, 1, %" #p6 ";"                                          \
+                   : outputs                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kAdd)), "n"(int(kMNB))); \
+    }                                                                                                     \
   };
-SAIL_DEFINE_WGMMA(__nv_bfloat16, "bf16")
-SAIL_DEFINE_WGMMA(__half, "f16")
+#define SAIL_DEFINE_WGMMAS(T, type)                                                   \
+  SAIL_DEFINE_WGMMA(T, type, 64, SAIL_D32, SAIL_OUT32(0), 32, 33, 34, 35, 36, 37, 38) \
+  SAIL_DEFINE_WGMMA(T, type, 80, SAIL_D40, SAIL_OUT40, 40, 41, 42, 43, 44, 45, 46)    \
+  SAIL_DEFINE_WGMMA(T, type, 96, SAIL_D48, SAIL_OUT48, 48, 49, 50, 51, 52, 53, 54)    \
+  SAIL_DEFINE_WGMMA(T, type, 128, SAIL_D64, SAIL_OUT64, 64, 65, 66, 67, 68, 69, 70)   \
+  SAIL_DEFINE_WGMMA(T, type, 256, SAIL_D128, SAIL_OUT128, 128, 129, 130, 131, 132, 133, 134)
+SAIL_DEFINE_WGMMAS(__nv_bfloat16, "bf16")
+SAIL_DEFINE_WGMMAS(__half, "f16")
+#undef SAIL_DEFINE_WGMMAS
 #undef SAIL_DEFINE_WGMMA
 #undef SAIL_WGMMA
 #undef SAIL_D128
 #undef SAIL_D64
-#undef SAIL_F32
-#undef SAIL_F8
+#undef SAIL_D48
+#undef SAIL_D40
+#undef SAIL_D32
+#undef SAIL_OUT128
+#undef SAIL_OUT64
+#undef SAIL_OUT48
+#undef SAIL_OUT40
+#undef SAIL_OUT32
+#undef SAIL_OUT8
 
-template <class T, int kN, bool kTransA, bool kTransB>
+template <class T, int kN, bool kAdd, bool kMNA, bool kMNB>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b) {
-  Wgmma<T, kN, kTransA, kTransB>::run(d, a, b);
+  Wgmma<T, kN>::template run<kAdd, kMNA, kMNB>(d, a, b);
+}
+template <class T, int kN, bool kAdd, bool kMNB>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+  Wgmma<T, kN>::template run<kAdd, kMNB>(d, a, b);
 }
 }  // namespace sail::cuda::ptx
 #endif

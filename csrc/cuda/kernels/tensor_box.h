@@ -1,5 +1,5 @@
-// What a tensor map of the copy engine describes, as plain numbers: a matrix or one for every expert, and the box of it
-// that one copy brings to shared memory. 64 elements, 128 swizzled bytes, are a box's rows.
+// What a tensor map of the copy engine describes, as plain numbers: a matrix or one for every expert, or the rows of all
+// heads, and the box of it that one copy brings to shared memory. 64 elements, 128 swizzled bytes, are a box's rows.
 #pragma once
 #include "grouped_gemm.h"
 
@@ -8,16 +8,17 @@ constexpr int kBoxElements = 64;
 
 struct TensorBox {
   const void* data = nullptr;
-  uint64_t size[3] = {};    // elements; the innermost dimension first
-  uint64_t stride[2] = {};  // bytes from row to row, from matrix to matrix
-  uint32_t box[3] = {};     // elements
+  int dims = 3;
+  uint64_t size[4] = {};    // elements; the innermost dimension first
+  uint64_t stride[3] = {};  // bytes, of all dimensions but the innermost
+  uint32_t box[4] = {};     // elements
 
   // Whether cuTensorMapEncodeTiled takes it.
   SAIL_HD constexpr bool encodable(uint64_t address) const {
-    for (const uint64_t s : size)
-      if (s < 1 || s > uint64_t{1} << 32) return false;
-    for (const uint64_t s : stride)
-      if (s % 16 || s >= uint64_t{1} << 40) return false;
+    for (int i = 0; i < dims; i++)
+      if (size[i] < 1 || size[i] > uint64_t{1} << 32) return false;
+    for (int i = 0; i < dims - 1; i++)
+      if (stride[i] % 16 || stride[i] >= uint64_t{1} << 40) return false;
     return address % 16 == 0;
   }
   bool encodable() const { return data && encodable(reinterpret_cast<uintptr_t>(data)); }
