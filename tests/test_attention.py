@@ -181,8 +181,11 @@ def test_views_are_read_in_place(isa: str, S: int, view: Callable[..., tuple[Ten
         dense = [t.contiguous().requires_grad_() for t in args]
         strided = [t.detach().requires_grad_() for t in args]
         got, want = (testing.run(sail_ops.attention, *t, causal=True) for t in (strided, dense))
-        testing.assert_same(got, want)
         assert got.outputs[0].is_contiguous()
+        if DEVICE == "cuda":  # strides decide whether Hopper's copies take a tensor: another kernel has other bits
+            testing.check_op(sail_ops.attention, reference.attention, *strided, causal=True, pool=POOL)
+        else:
+            testing.assert_same(got, want)
 
 
 @pytest.mark.parametrize("which", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
