@@ -91,12 +91,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 def collect(config: pytest.Config) -> dict[str, Any]:
     """pytest-benchmark's own JSON, as --benchmark-json has it."""
     session: Any = config._benchmarksession  # type: ignore[attr-defined]
+    commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
+    if (bundled := report.ROOT / "COMMIT").exists():  # tests/gpu/bundle.sh
+        commit["id"] = bundled.read_text().strip()
     return config.hook.pytest_benchmark_generate_json(
         config=config,
         benchmarks=session.benchmarks,
         include_data=True,
         machine_info=session.get_machine_info(),
-        commit_info=config.hook.pytest_benchmark_generate_commit_info(config=config),
+        commit_info=commit,
     )
 
 

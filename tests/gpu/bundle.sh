@@ -6,6 +6,7 @@ cd "$(dirname "$0")/../.."
 out=build/gpu-bundle most=60 python=${PYTHON:-python3}
 rm -rf "$out" && mkdir -p "$out/wheels" "$out/sail-ops"
 git archive HEAD | tar -x -C "$out/sail-ops"
+git rev-parse HEAD >"$out/sail-ops/COMMIT"  # for the results: there is no git
 if command -v nvcc >/dev/null; then  # with CUTLASS's grouped GEMM, the second opinion on ours
   "$python" -m pip install --quiet --no-deps --constraint constraints.txt nvidia-cutlass
   export SAIL_OPS_CUDA=ON SAIL_OPS_CUTLASS=ON
