@@ -1,8 +1,9 @@
 """Causal attention of the decoder: packed streams and padded batches.
 
-B batch, L queries, S keys, H query heads, G key/value heads, A head dim, T tokens of a packed stream.
+B batch, L queries, S keys, H query heads, G key/value heads, A head dim, T = B*L tokens.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,16 +13,54 @@ from torch import Tensor
 import sail_ops
 
 
+class Keys(NamedTuple):
+    """What the sequences of a pack look at, one after the other, where it is not their own tokens alone."""
+
+    rows: Tensor  # int64: key i is that of [rows[i], columns[i]] in [B, S]
+    columns: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
 class Pack(NamedTuple):
-    """Where the samples of a packed stream begin and end: built once a step, read by every layer."""
+    """Where the sequences begin and end among the T tokens: built once a step, read by every layer.
+
+    The last query of a sequence sees all of its keys, the one before it all but the last, and so on.
+    """
 
     cu_seqlens: Tensor  # int32, from 0 to T
     max_seqlen: int
+    keys: Keys | None = None
 
 
 def pack_of(cu_seqlens: Tensor) -> Pack:
     """For [samples + 1] int32 or int64."""
     return Pack(cu_seqlens.int(), int(cu_seqlens.diff().max()))
+
+
+def pack_with_keys(sequences: Iterable[tuple[int, int, Tensor]]) -> Pack:
+    """Of (queries, row, columns of the keys) for each sequence, in the order of the tokens."""
+    queries, rows, columns = zip(*sequences, strict=True)
+    keys = [len(seen) for seen in columns]
+    device = columns[0].device
+    cu_q, cu_k = (F.pad(torch.tensor(n, device=device).cumsum(0), (1, 0)).int() for n in (queries, keys))
+    row_of_key = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(keys, device=device))
+    return Pack(cu_q, max(queries), Keys(row_of_key, torch.cat(columns), cu_k, max(keys)))
+
+
+def pack_of_padding(mask_BS: Tensor, length: int) -> Pack:
+    """Of a batch whose keys are tokens where mask_BS is True, and whose queries are the last `length` of each row.
+
+    A sequence for each run of tokens, and for each run of padding, which sees nothing and gives 0.
+    """
+    sequences = []
+    for row, mask_S in enumerate(mask_BS):
+        stop, tokens = mask_S.numel() - length, mask_S.nonzero().flatten()
+        runs = torch.unique_consecutive(mask_S[stop:], return_counts=True)
+        for is_token, count in zip(*(t.tolist() for t in runs), strict=True):
+            stop += count
+            sequences.append((count, row, tokens[tokens < stop] if is_token else tokens[:0]))
+    return pack_with_keys(sequences)
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:
@@ -34,13 +73,18 @@ def packed_positions(cu_seqlens: Tensor) -> Tensor:
 def causal_attention(
     q_BLHA: Tensor, k_BSGA: Tensor, v_BSGA: Tensor, *, mask: Tensor | None = None, pack: Pack | None = None
 ) -> Tensor:
-    """[B, L, H, A]: within each sample of a `pack` (B = 1), or of queries from the first key on, or of one on all keys.
+    """[B, L, H, A]: within each sequence of a `pack`, or of queries from the first key on, or of one on all keys.
 
     mask: [B, 1, L, S], True where a query may look, for all else; PyTorch's scaled_dot_product_attention takes it.
     """
     if pack is not None:
-        lengths = pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen
-        return sail_ops.attention_varlen(q_BLHA[0], k_BSGA[0], v_BSGA[0], *lengths, causal=True)[None]
+        keys = pack.keys or pack
+        if pack.keys is None:
+            k_TGA, v_TGA = k_BSGA.flatten(0, 1), v_BSGA.flatten(0, 1)
+        else:
+            k_TGA, v_TGA = (t[pack.keys.rows, pack.keys.columns] for t in (k_BSGA, v_BSGA))
+        lengths = pack.cu_seqlens, keys.cu_seqlens, pack.max_seqlen, keys.max_seqlen
+        return sail_ops.attention_varlen(q_BLHA.flatten(0, 1), k_TGA, v_TGA, *lengths, causal=True).view_as(q_BLHA)
     if mask is None:
         length = q_BLHA.shape[1]
         if length > 1:  # a static cache has room behind the keys

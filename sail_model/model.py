@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
-from .attention import Pack, check_cu_seqlens, pack_of, packed_positions
+from .attention import Pack, check_cu_seqlens, pack_of, pack_of_padding, packed_positions
 from .config import SailVL2Config
 from .decoder import Experts, LanguageModel, Statistics
 from .projector import Projector
@@ -181,7 +181,7 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _decode(
         self,
         x_BLD: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
         position_ids: Tensor | None,
         cache: Cache | None,
         cu_seqlens: Tensor | None,
@@ -199,9 +199,13 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif position_ids is None:
             start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(start, start + length, device=x_BLD.device)[None]
+        if isinstance(attention_mask, dict):  # what generate makes for a static cache, by kind of layer
+            attention_mask = attention_mask["full_attention"]
         token_mask_T = None
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask_T = attention_mask[:, -length:].flatten().bool()
+            if pack is None and not attention_mask.all():
+                pack = pack_of_padding(attention_mask.bool(), length)
         hidden_BLD, statistics = self.language_model.model(
             x_BLD,
             position_ids,

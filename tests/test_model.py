@@ -12,6 +12,8 @@ from torch import Tensor
 
 import sail_ops
 from sail_model import SailVL2ForConditionalGeneration
+from sail_model.attention import causal_attention, pack_of_padding
+from sail_ops import testing
 from sail_ops.testing import assert_accurate
 
 Model = SailVL2ForConditionalGeneration
@@ -136,6 +138,34 @@ def test_generate_samples_beams_and_static_cache() -> None:
     assert beams.shape == greedy.shape
     torch.manual_seed(0)
     assert model.generate(**inputs, do_sample=True, num_return_sequences=2).shape == (2, greedy.shape[1])
+
+
+def test_padding_and_a_static_cache() -> None:
+    model = lively_model(tiny_config(False))
+    rows = [prompt(0, 9, 1), prompt(0, 4, 2)]
+    ids = torch.stack([F.pad(row, (len(rows[0]) - len(row), 0), value=PAD) for row in rows])
+    inputs = dict(input_ids=ids, attention_mask=(ids != PAD).long())
+    inputs |= dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    greedy = model.generate(**inputs)
+    assert torch.equal(model.generate(**inputs, cache_implementation="static"), greedy)
+
+
+@pytest.mark.parametrize("length", [9, 3], ids=["whole", "after a cache"])
+def test_padding_anywhere_is_a_pack(length: int) -> None:
+    """Tokens see the tokens before them, whatever padding lies between; padding gives 0 and its gradient is 0."""
+    shapes = (3, length, 4, 8), (3, 9, 2, 8), (3, 9, 2, 8)
+    q, k, v = (testing.random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+    mask = torch.tensor([[1] * 9, [0, 0, 1, 1, 1, 1, 1, 1, 0], [1, 0, 1, 1, 0, 0, 1, 0, 1]]).bool()
+    real = mask[:, 9 - length :]
+    got = causal_attention(q, k, v, pack=pack_of_padding(mask, length))
+    allowed = (torch.ones(length, 9).tril(9 - length).bool() & mask[:, None])[:, None]
+    want = causal_attention(q, k, v, mask=allowed)
+    torch.testing.assert_close(got[real], want[real])
+    assert not got[~real].any()
+    upstream = torch.where(real[:, :, None, None], torch.randn_like(got), 0.0)
+    gradients = [torch.autograd.grad(out[real], (q, k, v), upstream[real]) for out in (got, want)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_image_tokens_are_never_generated(tmp_path: Path) -> None:

@@ -95,6 +95,23 @@ def test_padding_attends_to_something_and_nothing_attends_to_it() -> None:
     assert not allowed[4:, :4].any()
 
 
+def test_attention_pack_is_the_attention_mask() -> None:
+    no_prefix = Sample("c", (), (branch(14, 15), branch(16, 17)))
+    batch = pack([two_samples(), [*two_samples()[1:], no_prefix]], PAD)
+    allowed = torch.zeros(24, 2, 12, dtype=torch.bool)
+    attended = batch.attention_pack()
+    assert attended.keys is not None
+    bounds = zip(*(cu.unfold(0, 2, 1).tolist() for cu in (attended.cu_seqlens, attended.keys.cu_seqlens)), strict=True)
+    for (first, last), (k_first, k_last) in bounds:
+        for query in range(first, last):
+            seen = slice(k_first, k_last - (last - 1 - query))  # the last query of a sequence sees all of its keys
+            allowed[query, attended.keys.rows[seen], attended.keys.columns[seen]] = True
+    want = torch.zeros(2, 12, 2, 12, dtype=torch.bool)
+    want[[0, 1], :, [0, 1]] = batch.attention_mask()[:, 0]
+    assert torch.equal(allowed, want.flatten(0, 1))
+    assert attended.max_seqlen == 4 and attended.keys.max_seqlen == 6
+
+
 def test_silence_takes_the_labels_of_one_sample_only() -> None:
     batch = pack([two_samples()], PAD)
     before = batch.labels_BL.clone()

@@ -160,11 +160,12 @@ def test_flop_count_is_what_torch_counts(model: SailVL2ForConditionalGeneration,
     # plain matrix products for experts and attention: torch counts neither our operators nor the CPU's fused attention
     with exact_ops(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         answer_logits(model, batch, pixels(batch.pictures))
-    rows, width = batch.input_ids_BL.shape
-    # torch counts every position, padding too, and every (query, key) pair, allowed or not
-    counted = FlopCount(model, model.config).step(
-        rows * width, label_count(batch), rows * width**2, len(batch.pictures)
-    )
+    attended = batch.attention_pack()
+    assert attended.keys is not None
+    # torch counts every position, padding too, and every (query, key) pair of a sequence, allowed or not
+    pairs = int((attended.cu_seqlens.diff() * attended.keys.cu_seqlens.diff()).sum())
+    positions = batch.input_ids_BL.numel()
+    counted = FlopCount(model, model.config).step(positions, label_count(batch), pairs, len(batch.pictures))
     assert counted == 3 * counter.get_total_flops()
 
 

@@ -10,10 +10,13 @@ B streams, L tokens a stream.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from sail_model.attention import Pack, pack_with_keys
 
 IGNORE = -100
 PADDING = 0
@@ -69,6 +72,19 @@ class PackedBatch(Generic[PictureT]):
         same_sample = sample[:, :, None] == sample[:, None, :]
         visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
         return (same_sample & visible).tril()[:, None]
+
+    def attention_pack(self) -> Pack:
+        """`attention_mask` as sequences: each prefix, each branch on its prefix and itself, and the padding."""
+        sequences = []
+        for row, tokens in enumerate(zip(self.sample_BL.tolist(), self.branch_BL.tolist(), strict=True)):
+            start, prefix = 0, (PADDING, torch.arange(0))
+            for (sample, branch), run in groupby(zip(*tokens, strict=True)):
+                own = torch.arange(start, start := start + len(list(run)))
+                if branch == 0:
+                    prefix = sample, own
+                seen = prefix[1] if branch and prefix[0] == sample else own[:0]
+                sequences.append((len(own), row, torch.cat([seen, own])))
+        return pack_with_keys(sequences)
 
     def token_mask(self) -> Tensor:
         """True where a token is no padding; bool [B, L]."""
