@@ -186,7 +186,8 @@ def updated(readme: str) -> str:
 
 def show(device: str) -> int:
     """Print what is kept of a device."""
-    kept = sorted((RESULTS / device).glob("*.json"))
+    # a demo's results (training/results.py) lie here too, and are no benchmark
+    kept = sorted(path for path in (RESULTS / device).glob("*.json") if not path.stem.startswith("demo"))
     for path in kept:
         print(f"# {path.stem}\n\n{summary(json.loads(path.read_text()))}\n")
     if not kept:

@@ -2,6 +2,8 @@
 
 A turn is `<|im_start|>role`, newline, content, `<|im_end|>`; nothing stands between turns. A picture in a message is
 `<image>` and a newline. Without a system message the released one is used; an empty one leaves the turn out.
+`apply_chat_template(messages, thinking=True)` asks SAIL-VL2-Thinking to reason: every user turn then ends with the
+released request to do so, the earlier ones too, so that a conversation's prompt begins with the prompt before it.
 The released templates write `<|im_system|>` and `<|im_assistant|>`, which are no tokens of the model: those are
 corrected here, to what its own `chat` method writes.
 """
@@ -10,7 +12,7 @@ IMAGE_PLACEHOLDER = "<image>"
 
 SYSTEM_MESSAGE = "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。"
 
-# Appended to the user's text, it makes the thinking models reason (README of the release).
+# Follows the user's text without a separator (README of the release); the models answer <think>...</think>...\boxed{}.
 THINKING_SUFFIX = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
     "The reasoning process MUST BE enclosed within <think> </think> tags. "
@@ -47,10 +49,15 @@ CHAT_TEMPLATE = """\
       {{- content ~ '<|im_end|>' -}}
     {%- endgeneration -%}
   {%- elif message.role == 'user' or content -%}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ content ~ '<|im_end|>' -}}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ content -}}
+    {%- if thinking and message.role == 'user' -%}
+      {{- 'THINKING' -}}
+    {%- endif -%}
+    {{- '<|im_end|>' -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
   {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """.replace("IMAGE", IMAGE_PLACEHOLDER).replace("SYSTEM", SYSTEM_MESSAGE)
+CHAT_TEMPLATE = CHAT_TEMPLATE.replace("THINKING", THINKING_SUFFIX.replace("\\", "\\\\"))

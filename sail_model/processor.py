@@ -19,7 +19,7 @@ class SailVL2Processor(ProcessorMixin):
     """A tokenizer and an image processor as one callable.
 
     `tokens_per_tile` is `SailVL2Config.tokens_per_tile`. `apply_chat_template` turns messages into a prompt, and with
-    `tokenize=True, return_dict=True` into model inputs.
+    `tokenize=True, return_dict=True` into model inputs; `thinking=True` asks a thinking model to reason first.
     """
 
     def __init__(

@@ -116,9 +116,34 @@ def test_jsonl_records(tmp_path: Path) -> None:
     assert record.picture == tmp_path / "a.png" and record.questions[1] == ("and?", "that")
 
 
-@pytest.mark.parametrize("line", ["{", "{}", '{"picture": "a.png", "questions": [["only one"]]}', "3"])
-def test_jsonl_names_the_bad_line(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("{", "Expecting property name"),
+        ("3", "no object"),
+        ("{}", "picture is no path"),
+        ('{"picture": 3, "questions": [["a", "b"]]}', "picture is no path"),
+        ('{"picture": "a.png"}', "questions is no list"),
+        ('{"picture": "a.png", "questions": []}', "at least one question"),
+        ('{"picture": "a.png", "questions": "ab"}', "questions is no list"),
+        ('{"picture": "a.png", "questions": ["ab"]}', "'ab' is no pair"),
+        ('{"picture": "a.png", "questions": [["only one"]]}', "is no pair"),
+        ('{"picture": "a.png", "questions": [["how many?", 3]]}', "is no pair of strings"),
+        ('{"picture": "a.png", "questions": [["a", "b"], [null, "b"]]}', "is no pair of strings"),
+        ('{"picture": "a.png", "questions": [["<image> what?", "b"]]}', "holds <image>"),
+        ('{"picture": "a.png", "questions": [["a", "<IMG_CONTEXT>"]]}', "holds <IMG_CONTEXT>"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_jsonl_names_the_bad_line_and_what_is_wrong(tmp_path: Path, line: str | bytes, wrong: str) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text('{"picture": "a.png", "questions": []}\n' + line + "\n")
-    with pytest.raises(InputError, match="data.jsonl: line 2"):
+    good = b'{"picture": "a.png", "questions": [["a", "b"]]}\n'
+    path.write_bytes(good + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(InputError, match=f"data.jsonl: line 2: .*{wrong}"):
         jsonl_records(path)
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"picture": "a.png", "questions": [["one\u2028two\x85", "b"]]}\r\n', encoding="utf-8")
+    assert jsonl_records(path)[0].questions == (("one\u2028two\x85", "b"),)

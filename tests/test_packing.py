@@ -124,3 +124,9 @@ def test_silence_takes_the_labels_of_one_sample_only() -> None:
 def test_branch_refuses_labels_that_would_leak(ids: tuple[int, ...], labels: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="Branch: labels"):
         Branch(ids, labels)
+
+
+def test_a_picture_that_nobody_asks_about_is_no_sample() -> None:
+    # it would have a picture but no tokens to put it in
+    with pytest.raises(ValueError, match="Sample: branches: got none for a.png"):
+        Sample("a.png", (), ())

@@ -21,6 +21,7 @@ from sail_model import (
     SailVL2Processor,
     train_tokenizer,
 )
+from sail_model.chat import THINKING_SUFFIX
 from sail_model.images import IMAGENET_MEAN, IMAGENET_STD, load_image, tile_grid
 
 
@@ -194,6 +195,20 @@ def test_processor_round_trip(processor: SailVL2Processor, tmp_path: Path) -> No
         assert again.tokens_per_tile == 4
         got = again(**inputs)
         assert all(torch.equal(got[key], value) for key, value in wanted.items())
+
+
+def test_thinking_is_asked_for_through_the_processor_too(processor: SailVL2Processor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    parts = [{"type": "image", "image": picture(60, 60)}, {"type": "text", "text": "what shape?"}]
+    messages = [{"role": "user", "content": parts}]
+    for one in (processor, SailVL2Processor.from_pretrained(tmp_path)):
+        plain, asked = (
+            one.apply_chat_template(messages, tokenize=True, return_dict=True, thinking=thinking)
+            for thinking in (False, True)
+        )
+        assert THINKING_SUFFIX not in processor.decode(plain["input_ids"][0])
+        assert processor.decode(asked["input_ids"][0]).endswith(f"what shape?{THINKING_SUFFIX}<|im_end|>")
+        assert torch.equal(plain["pixel_values"], asked["pixel_values"])
 
 
 def test_from_messages_to_an_answer(processor: SailVL2Processor) -> None:

@@ -172,6 +172,31 @@ def test_system_messages() -> None:
     assert render([{"role": "system", "content": ""}, question]) == "<|im_start|>user\nQ<|im_end|>"
 
 
+THINK = (
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
+    "The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
+)
+
+
+def test_thinking_ends_every_user_turn_with_the_released_request() -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        PICTURE_AND_QUESTION,
+        {"role": "assistant", "content": "<think>T</think>\\boxed{A}"},
+        {"role": "user", "content": "Q"},
+    ]
+    first = render(turns[:2], add_generation_prompt=True, thinking=True)
+    assert first == (
+        "<|im_start|>system\nBe brief.<|im_end|>"
+        f"<|im_start|>user\n<image>\nQUESTION{THINK}<|im_end|><|im_start|>assistant\n"
+    )
+    whole = render(turns, add_generation_prompt=True, thinking=True)
+    assert whole == (
+        f"{first}<think>T</think>\\boxed{{A}}<|im_end|><|im_start|>user\nQ{THINK}<|im_end|><|im_start|>assistant\n"
+    )
+    assert render(turns, thinking=False) == render(turns) and THINK not in render(turns)
+
+
 def test_what_the_template_refuses() -> None:
     with pytest.raises(jinja2.TemplateError, match="not 'video'"):
         render([{"role": "user", "content": [{"type": "video"}]}])

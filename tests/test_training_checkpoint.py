@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there; recipes, flags, schedule and metrics keep a resumed run on its curve."""
 
+import importlib
 import json
 import math
 import signal
@@ -151,6 +152,12 @@ def test_resume_takes_recipe_and_folder_of_the_run(tmp_path: Path) -> None:
     written = publish(tmp_path / "checkpoints", 4)
     recipe, out, start = read("--resume", str(tmp_path), "--save-every", "3")
     assert (recipe, out, start) == (Recipe(save_every=3), tmp_path, written)
+
+
+def test_the_help_of_model_names_a_table_that_exists() -> None:
+    (text,) = (entry.metadata["help"] for entry in fields(Recipe) if entry.name == "model")
+    module, table = text.split()[-1].rsplit(".", 1)
+    assert Recipe().model in getattr(importlib.import_module(module), table)
 
 
 def test_resume_refuses_what_would_bend_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sail_model import SailVL2ForConditionalGeneration
 from training import checkpoint
 from training.data import easy_vqa
 from training.metrics import read_lines
@@ -179,8 +180,24 @@ def test_the_demo_trains_tests_draws_and_answers(data: Path, tmp_path: Path) -> 
     done = run(1, "training.demo", "--data", data, "--steps", "2", "--out", tmp_path)
     for words in ("the trained model", "pictures blanked", "most frequent answer", "right answer:", "all"):
         assert words in done.stdout
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["exact_match"]["most frequent answer"]["asked"] > 0
+    text = (tmp_path / "results.json").read_text()
+    found = json.loads(text)
+    rows = found["exact_match"]
+    asked = rows["the trained model"]["asked"]
+    assert (
+        asked == rows["most frequent answer"]["asked"] == rows["the same model, pictures blanked at test"]["asked"] > 0
+    )
+    assert sum(row["asked"] for name, row in rows.items() if name.startswith("of these")) == asked
+    assert found["recipe"]["steps"] == 2 and found["first_step"] == 0 and found["processes"] == 1
+    model = SailVL2ForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["device"].startswith("cpu-") and found["versions"]["torch"] == torch.__version__
+    assert found["recipe"]["data"] == data.name  # and no folder of this machine anywhere
+    assert (
+        not any(str(place) in text for place in (data.parent, tmp_path, REPOSITORY))
+        and socket.gethostname() not in text
+    )
+    assert len(text) < 4000
     with Image.open(tmp_path / "curves.png") as picture:
         assert min(picture.size) > 200
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
@@ -188,13 +205,35 @@ def test_the_demo_trains_tests_draws_and_answers(data: Path, tmp_path: Path) -> 
     }
 
 
-def test_errors_of_the_user_are_one_line(tmp_path: Path) -> None:
+def line(picture: str = "a.png", question: str = "what?") -> str:
+    return json.dumps({"picture": picture, "questions": [[question, "this"]]}) + "\n"
+
+
+LONG = line(question="what? " * 2000)
+
+
+@pytest.mark.parametrize(
+    ("module", "lines", "error"),
+    [
+        ("training", None, "--resume: "),
+        ("training", line() + '{"picture": "b.png", "questions": []}\n', "data.jsonl: line 2: "),
+        ("training", LONG, "a.png: split_to_fit: sample: .* want a larger --stream-length"),
+        ("training.demo", line(), "data.jsonl: got 1 record, want at least 2"),
+        ("training.demo", line() + LONG, "a.png: split_to_fit: sample: .* want a larger --stream-length"),
+    ],
+    ids=["resume", "no question", "long question", "nothing held out", "long question held out"],
+)
+def test_errors_of_the_user_are_one_line_and_come_before_training(
+    module: str, lines: str | None, error: str, tmp_path: Path
+) -> None:
+    arguments = ["--resume", str(tmp_path)]
+    if lines is not None:
+        (tmp_path / "data.jsonl").write_text(lines)
+        arguments = ["--data", str(tmp_path / "data.jsonl"), "--steps", "1", "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        command(1, "training", "--resume", str(tmp_path)),
-        env=environment(),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
+        command(1, module, *arguments), env=environment(), cwd=REPOSITORY, capture_output=True, text=True
     )
-    assert done.returncode == 2
-    assert done.stderr.strip().startswith("error: --resume:") and "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(rf"error: (.*/)?{error}", last) and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from training import cli
+from training.assemble import assemble
 from training.run import train
 
 DESCRIPTION = """Train SAIL-VL2 by a recipe. One process, or several:
@@ -15,9 +16,9 @@ Ctrl-C or SIGTERM writes a checkpoint first. The run's folder holds checkpoints/
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, train."""
+    """Parse, put the parts together, train."""
     recipe, out, start = cli.read(cli.parser("training", DESCRIPTION, out="runs/train"), arguments)
-    train(recipe, out, start)
+    train(recipe, assemble(recipe), out, start)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,15 @@ def assemble(recipe: Recipe) -> Parts:
 
 
 def load_records(data: str, split: Split) -> list[Record]:
-    """`easy_vqa`'s split; of a .jsonl file, its first nine tenths to train on and the rest to test."""
+    """`easy_vqa`'s split; of a .jsonl file, its first nine tenths to train on and the rest to test.
+
+    Raises InputError where a file has too few records to hold one out.
+    """
     if data == "easy_vqa":
         return easy_vqa(split)
     records = jsonl_records(Path(data))
+    if split == "test" and len(records) < 2:
+        raise InputError(f"{data}: got {len(records)} record, want at least 2: one to train on, one to test")
     edge = max(1, len(records) * 9 // 10)
     return records[:edge] if split == "train" else records[edge:]
 
@@ -114,8 +119,17 @@ def build_config(model: str, processor: SailVL2Processor) -> SailVL2Config:
 
 
 def encode(records: Sequence[Record], processor: SailVL2Processor, capacity: int) -> list[Sample[Path]]:
-    """The records as samples of at most `capacity` tokens, in the model's own chat format, without a system turn."""
-    return [part for record in records for part in split_to_fit(encode_one(record, processor), capacity)]
+    """The records as samples of at most `capacity` tokens, in the model's own chat format, without a system turn.
+
+    Raises InputError for a question that does not fit: nothing is ever truncated.
+    """
+    samples = []
+    for record in records:
+        try:
+            samples += split_to_fit(encode_one(record, processor), capacity)
+        except ValueError as error:
+            raise InputError(f"{record.picture}: {error}; want a larger --stream-length") from error
+    return samples
 
 
 def encode_one(record: Record, processor: SailVL2Processor) -> Sample[Path]:

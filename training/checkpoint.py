@@ -89,7 +89,7 @@ def publish(
     if is_first:
         (folder / TRAINER).write_text(json.dumps(state, indent=1), encoding="utf-8")
         replace_folder(folder, final)
-        _point(root, final.name)
+        replace_file(root / LATEST, final.name + "\n")
         _remove_old(root, keep)
     barrier()
     return final
@@ -126,12 +126,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point(root: Path, name: str) -> None:
-    aside = root / f".{LATEST}"
-    aside.write_text(name + "\n", encoding="utf-8")
+def replace_file(path: Path, text: str) -> None:
+    """Make `text` what `path` holds; a crash leaves what it held before."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
     flush(aside)
-    aside.replace(root / LATEST)
-    flush(root)
+    aside.replace(path)
+    flush(path.parent)
 
 
 def _remove_old(root: Path, keep: int) -> None:

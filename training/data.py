@@ -12,11 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sail_model.chat import IMAGE_PLACEHOLDER
 from sail_model.images import CorruptImageError, load_image
+from sail_model.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from training.errors import InputError
 from training.packing import PackedBatch, Sample, plan_streams
 
 Split = Literal["train", "test"]
+# what questions and answers may not hold: it stands for a picture, which would not be there
+RESERVED = (IMAGE_PLACEHOLDER, IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,36 @@ def jsonl_records(path: Path) -> list[Record]:
     Relative picture paths start at the file's folder. Raises InputError naming the line that is wrong.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # bytes: text's splitlines would also cut at U+2028 and its like, which JSON allows inside a string
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            entry = json.loads(line)
-            pairs = tuple((str(question), str(answer)) for question, answer in entry["questions"])
-            records.append(Record(path.parent / entry["picture"], pairs))
-        except (ValueError, KeyError, TypeError) as error:
+            records.append(_record(json.loads(line), path.parent))
+        except ValueError as error:
+            shown = line[:80].decode(errors="replace")
             raise InputError(
-                f"{path}: line {number}: got {line[:80]!r}, want picture and questions: {error!r}"
+                f"{path}: line {number}: got {shown!r}, "
+                f'want {{"picture": path, "questions": [[question, answer], ...]}}: {error}'
             ) from error
     if not records:
         raise InputError(f"{path}: no records")
     return records
+
+
+def _record(entry: Any, folder: Path) -> Record:
+    """One line's record; ValueError says what is wrong with it. Nothing is converted: 3 is no answer, "3" is."""
+    if not isinstance(entry, dict):
+        raise ValueError("no object")
+    picture, questions = entry.get("picture"), entry.get("questions")
+    if not isinstance(picture, str) or not picture:
+        raise ValueError("picture is no path")
+    if not isinstance(questions, list) or not questions:
+        raise ValueError("questions is no list with at least one question")  # a picture alone has no tokens to be in
+    for pair in questions:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"{pair!r} is no pair of strings")
+        if found := [token for token in RESERVED for text in pair if token in text]:
+            raise ValueError(f"{pair!r} holds {found[0]}, which stands for a picture")
+    return Record(folder / picture, tuple((question, answer) for question, answer in questions))
 
 
 class PictureReader:

@@ -47,6 +47,11 @@ class Sample(Generic[PictureT]):
     prefix_ids: tuple[int, ...]
     branches: tuple[Branch, ...]
 
+    def __post_init__(self) -> None:
+        if not self.branches:
+            # without tokens it would still bring its picture into a batch, and shift those of all others
+            raise ValueError(f"Sample: branches: got none for {self.picture}, want at least one")
+
     def __len__(self) -> int:
         return len(self.prefix_ids) + sum(len(branch.ids) for branch in self.branches)
 

@@ -19,7 +19,7 @@ class Recipe:
     """One training run. The defaults train a small SAIL-VL2-MoE on easy-vqa in a few minutes on two CPU cores."""
 
     data: str = _option("easy_vqa", "'easy_vqa', or a .jsonl file of {picture, questions} records")
-    model: str = _option("demo", "model size, a name of training.setup.MODELS")
+    model: str = _option("demo", "model size, a name of training.assemble.MODELS")
     steps: int = _option(2400, "optimizer steps")
     stream_length: int = _option(320, "tokens in a packed stream")
     streams: int = _option(4, "streams a micro-batch, on each process")

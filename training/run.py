@@ -1,13 +1,11 @@
-"""Train by a recipe: put the parts together, run or resume the trainer, write the model."""
+"""Train by a recipe: run or resume the trainer, write the model."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from sail_model import SailVL2ForConditionalGeneration
-from training.assemble import Parts, assemble
+from training.assemble import Parts
 from training.checkpoint import replace_folder
 from training.data import StreamFeed
 from training.device import is_first, start_processes
@@ -20,26 +18,13 @@ from training.trainer import Trainer
 MODEL = "model"
 
 
-@dataclass
-class Trained:
-    """A finished run: its parts, and where its last checkpoint lies."""
+def train(recipe: Recipe, parts: Parts, out: Path, start: Path | None = None) -> Path:
+    """Train `parts` by `recipe` in the folder `out`, from checkpoint `start` if given; the last checkpoint.
 
-    parts: Parts
-    checkpoint: Path
-
-    @property
-    def model(self) -> SailVL2ForConditionalGeneration:
-        """The trained model, in the recipe's dtype."""
-        return self.parts.model
-
-
-def train(recipe: Recipe, out: Path, start: Path | None = None) -> Trained:
-    """Run `recipe` in the folder `out`, from checkpoint `start` if given; the model is written to out/model.
-
+    The model is also written to out/model.
     Raises `training.interrupt.Interrupted`, after writing a checkpoint, on Ctrl-C or SIGTERM.
     """
     start_processes()
-    parts = assemble(recipe)
     flops = FlopCount(parts.model, parts.model.config)
     engine = DeepSpeedEngine(TrainedModel(parts.model), recipe)
     feed = StreamFeed(parts.samples, recipe.stream_length, recipe.seed)
@@ -51,7 +36,7 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> Trained:
     if is_first():
         export(parts, out / MODEL)
     dist.barrier()
-    return Trained(parts, checkpoint)
+    return checkpoint
 
 
 def export(parts: Parts, folder: Path) -> None:
