@@ -163,9 +163,17 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return inputs_embeds
         if input_ids is None:
             raise ValueError("SailVL2: give input_ids or inputs_embeds")
-        x_BLD = self.get_input_embeddings()(input_ids)
         if features is None and cache is not None and cache.get_seq_length() > 0:
-            return x_BLD  # the pictures are in the cache; an image token here is one that the model generated
+            # the pictures are in the cache; an image token here is one that the model generated
+            return self.get_input_embeddings()(input_ids)
+        return self.embed(input_ids, features)
+
+    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Token embeddings [B, L, D], with features [N, tokens_per_tile, D] in the places of image tokens, in order.
+
+        Raises ValueError where places and features differ in number.
+        """
+        x_BLD = self.get_input_embeddings()(input_ids)
         places = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
         found = 0 if features is None else features.shape[0] * features.shape[1]
         if len(places) != found:

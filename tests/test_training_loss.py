@@ -103,6 +103,16 @@ def test_objective_is_the_summed_cross_entropy_of_the_answers(
     torch.testing.assert_close(prob_sum_ME.sum(1), torch.full((text.num_hidden_layers,), float(tokens)))
 
 
+@pytest.mark.parametrize("pictures", [2, 4])
+def test_pictures_and_their_places_must_agree(
+    pictures: int, model: SailVL2ForConditionalGeneration, processor: SailVL2Processor
+) -> None:
+    batch = batch_of(RECORDS, processor)
+    message = f"{3 * 16} image tokens .* gives {pictures * 16} image features"
+    with pytest.raises(ValueError, match=message):
+        TrainedModel(model)(batch, torch.zeros(pictures, 3, 64, 64))
+
+
 def test_every_parameter_gets_a_dense_gradient(
     model: SailVL2ForConditionalGeneration, processor: SailVL2Processor
 ) -> None:

@@ -50,7 +50,7 @@ def answer_states(
     model: SailVL2ForConditionalGeneration, batch: PackedBatch, pixel_values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`answer_logits` before the head: final hidden states [N, D], which are a tenth of all positions."""
-    x_BLD = _embed(model, batch.input_ids_BL, model.get_image_features(pixel_values))
+    x_BLD = model.embed(batch.input_ids_BL, model.get_image_features(pixel_values))
     hidden_BLD, statistics = model.language_model.model(
         x_BLD,
         batch.position_ids_BL,
@@ -62,13 +62,6 @@ def answer_states(
     counts, sums = zip(*statistics, strict=True) if statistics else ((), ())
     stack = torch.stack if statistics else lambda _: torch.zeros(0, 0)
     return hidden_BLD[:, :-1][labeled], targets[labeled], stack(counts), stack(sums)
-
-
-def _embed(model: SailVL2ForConditionalGeneration, ids_BL: Tensor, features_NPD: Tensor) -> Tensor:
-    x_BLD = model.get_input_embeddings()(ids_BL)
-    places = (ids_BL == model.config.image_token_id).flatten().nonzero().squeeze(1)
-    # raises where image tokens and image features differ in number
-    return x_BLD.flatten(0, 1).index_copy(0, places, features_NPD.flatten(0, 1).to(x_BLD.dtype)).view_as(x_BLD)
 
 
 def label_count(batch: PackedBatch) -> int:
