@@ -39,7 +39,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def infos(results: Row, family: str, **wanted: str) -> list[Row]:
+def infos(results: Row, family: str, **wanted: object) -> list[Row]:
     """extra_info of a family's timed rows, in the order they ran, whose case has the `wanted` values."""
     rows = [row["extra_info"] for row in results["benchmarks"]]
     rows = [i for i in rows if i.get("family") == family and i["kind"] != "memory"]
