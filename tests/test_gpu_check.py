@@ -2,19 +2,24 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICE
 from emulated_library import emulated
 from expert_layer import Layer, detached, layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import check
 import small_steps
 import test_cuda_device
 from test_cuda_device import CASE
+
+import sail_ops
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it emulates a card whatever runs the operators")
 
@@ -45,6 +50,40 @@ def test_the_steps_name_every_operator() -> None:
     missing = [name for name in operators() if f"sail_ops.{name.removesuffix('_backward')}(" not in source]
     assert missing == ["grouped_experts", "grouped_experts_backward"]  # fused_experts' kernels
     assert torch.ops.sail_ops.grouped_experts
+
+
+class Calls(TorchDispatchMode):
+    """The last call of every operator of sail_ops that has something to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "sail_ops" and all(t.numel() for t in args[:3] if isinstance(t, torch.Tensor)):
+            self.kept[op._opname] = op, args
+        return op(*args, **(kwargs or {}))
+
+
+def test_every_operator_names_a_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not CUDA's "no kernel image". The card is looked up once a thread: here it is a supported one, then none."""
+    from sail_ops.__main__ import operators
+
+    x, gate_up, down, _, _ = (t.detach().requires_grad_(t.is_floating_point()) for t in layer(CASE, torch.bfloat16))
+    ends = torch.arange(1, CASE.E + 1).mul(12).int()
+    with emulated():
+        with Calls() as calls:
+            for step in small_steps.STEPS.values():
+                step("cpu")
+            sail_ops.grouped_experts(x, gate_up, down, ends).float().sum().backward()
+        assert sorted(calls.kept) == operators()
+        monkeypatch.setenv("SAIL_EMULATED_CARD", "12.0 4 101376")
+        with ThreadPoolExecutor(1) as another:
+            said = {name: another.submit(op, *args).exception() for name, (op, args) in calls.kept.items()}
+    want = "sail_ops.{}: no CUDA kernel for the emulator (sm_120): this library was built for sm_80; build for it with"
+    assert {name: str(error).split(" SAIL_OPS_CUDA_ARCHS")[0] for name, error in said.items()} == {
+        name: want.format(name) for name in operators()
+    }
 
 
 CODE = """
