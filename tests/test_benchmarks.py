@@ -66,6 +66,12 @@ def test_every_peer_computes_the_layer(name: str) -> None:
     check_op(of(peer), of(reference.fused_experts), x, gate_up, down, weights)
 
 
+@pytest.mark.parametrize("name", ["sonicmoe", "sail_recomputed", "grouped"])
+def test_what_is_no_peer_is_not_timed_as_ours(name: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{name}', expected a peer or one of sail, sail_recompute,"):
+        Layer(TRAIN).prepare(name)
+
+
 @pytest.mark.parametrize("case", bench_attention.CASES.values(), ids=bench_attention.CASES.keys())
 def test_every_attention_peer_computes_the_case(case: bench_attention.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAIL_BENCH_SIZE", "tiny")
