@@ -1,7 +1,9 @@
 """What `make gpu-check` runs on a card beside the suites holds on the emulator, and it names what there is."""
 
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,60 @@ def test_the_step_of_graphs_and_streams() -> None:
 
 
 def test_every_file_is_there() -> None:
-    named = [word for command, _ in check.stages().values() for word in command if word.endswith(".py")]
-    assert len(named) > 10 and [word for word in named if not (check.ROOT / word).exists()] == []
+    named = [word for stage in check.stages().values() for word in stage.command if word.endswith(".py")]
+    assert len(named) > 20 and [word for word in named if not (check.ROOT / word).exists()] == []
+
+
+def test_triton_runs_the_suites_of_its_interpreter() -> None:
+    import test_triton_numerics
+
+    assert sorted(sum(check.TRITON_SUITES.values(), [])) == sorted(test_triton_numerics.FILES)
+
+
+def test_a_stage_is_ok_or_failed_or_skipped(tmp_path: Path) -> None:
+    def status(*command: str, **changes: Any) -> str:
+        return check.run("stage", check.Stage([*command], **changes), dict(os.environ))[0]
+
+    assert status(sys.executable, "-c", "") == "ok" and status(sys.executable, "-c", "exit(3)") == "FAILED"
+    assert status("no-such-sanitizer") == "skipped" == status(sys.executable, "-c", "", needs="no_such_module")
+    pid = tmp_path / "pid"
+    assert status("sh", "-c", f"sleep 100 & echo $! > {pid}; wait", limit=0.5) == "FAILED"
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    deadline = time.monotonic() + 20  # a zombie where nobody waits for it
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the child outlived its stage"
+        time.sleep(0.05)
+
+
+def test_the_last_line_names_what_failed_and_what_was_skipped() -> None:
+    results = {"a": "ok", "b": "skipped", "c": "FAILED", "d": "skipped"}
+    assert check.verdict(results) == "gpu-check: 1 of 4 stages without a failure; FAILED: c; skipped: b, d"
+    assert check.verdict({"a": "ok"}) == "gpu-check: 1 of 1 stages without a failure"
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["with_triton", "without"])
+def test_neither_library_nor_nvcc(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], triton: bool
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+    monkeypatch.setattr(check, "LIBRARY", Path("/none/libsail_ops_cuda.so"))
+    monkeypatch.setattr(check.shutil, "which", lambda _: None)
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda _: object() if triton else None)
+    monkeypatch.setattr(check, "run", lambda name, *_: ran.append(name) or ("ok", 1.0))
+    if not triton:
+        with pytest.raises(SystemExit, match="no nvcc to build it, and Triton is not installed"):
+            check.main([])
+        return
+    assert check.main([]) == 0
+    assert ran == ["what is built", "Triton, expert layer", "Triton, grouped product, router, gate, norm"]
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == (
+        "gpu-check: 3 of 3 stages without a failure;"
+        " Triton alone: libsail_ops_cuda.so is missing and there is no nvcc to build it"
+    )
 
 
 def test_the_steps_name_every_operator() -> None:
