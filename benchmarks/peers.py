@@ -12,12 +12,13 @@ import sail_ops
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], ids [T, K], weights [T, K] -> y [T, D]
 
+OURS = ("sail", "sail_recompute", "sail_fp32_grads", "sail_overwrite")
+
 # sail, sail_recompute, sail_fp32_grads  fused_experts: as it comes, with recompute, with main_grads in fp32
 # sail_overwrite                         with main_grads overwritten, as in a step's first micro-batch
 # grouped_mm                             transformers' default implementation
 # grouped_mm_compiled                    the same through torch.compile
 # liger                                  liger-kernel's fused expert layer, in Triton
-# sonicmoe                               SonicMoE, where it installs (it pins an older torch)
 # stock_eager                            transformers' eager loop
 # eager_unbind                           the same loop on W.unbind(0)
 
@@ -37,6 +38,8 @@ def build(
         return lambda x, ids, weights: LigerFusedMoEFunction.apply(x, gate_up_E2FD, down_EDF, ids.int(), weights)
     if name in ("grouped_mm", "stock_eager"):
         return transformers_experts("eager" if name == "stock_eager" else name, gate_up_E2FD, down_EDF)
+    if name not in OURS:
+        raise ValueError(f"peers.build: name: got {name!r}, expected a peer or one of {', '.join(OURS)}")
     return lambda x, ids, weights: sail_ops.fused_experts(
         x,
         gate_up_E2FD,

@@ -1,6 +1,7 @@
 """Tables, verdict and chart from the results that a benchmark run leaves in results/<device>/<family>.json.
 
-python -m benchmarks.report            writes the blocks between README.md's bench:<family> markers, and the chart
+python -m benchmarks.report            writes the blocks between README.md's bench:<family> markers, and the chart;
+                                       bench:cards has a row for every card
 python -m benchmarks.report --check    exits with 1 where README.md does not match the results
 python -m benchmarks.report DEVICE     prints the tables of every family in results/DEVICE/, a card's say
 """
@@ -9,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks import cards
 from benchmarks.tables import (
     GRADIENTS,
     PEERS,
@@ -168,17 +170,33 @@ def family_block(results: Row, source: str, family: str) -> str:
 Measured on {provenance(results)} Every sample: [{source}.json]({source}.json)."""
 
 
-def updated(readme: str) -> str:
-    """README with every block written anew from its results file; ValueError where one of the two is missing."""
+def cards_block() -> str:
+    """README's part on every card that has results, and on those that wait for theirs."""
+    devices = {
+        folder.name: {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        for folder in sorted(RESULTS.glob("cuda-*"))
+    }
+    return f"{cards.card_table(devices)}\n\n{cards.LEGEND}"
+
+
+def blocks() -> dict[str, str]:
+    """README's parts by marker; ValueError where the results of one are missing."""
+    found = {}
     for family in ("moe", *TABLES):
         source = RESULTS / README_DEVICE / f"{family}.json"
-        start, end = (marker.format(family) for marker in MARKERS)
         if not source.exists():
             raise ValueError(f"{source.relative_to(ROOT)} is missing: run `make bench` on that device")
+        results, path = json.loads(source.read_text()), str(source.relative_to(ROOT).with_suffix(""))
+        found[family] = moe_block(results, path) if family == "moe" else family_block(results, path, family)
+    return found | {"cards": cards_block()}
+
+
+def updated(readme: str) -> str:
+    """README with every block written anew from its results; ValueError where one of the two is missing."""
+    for name, block in blocks().items():
+        start, end = (marker.format(name) for marker in MARKERS)
         if readme.count(start) != 1 or readme.count(end) != 1:
             raise ValueError(f"README.md must have {start} and {end} once each")
-        results, path = json.loads(source.read_text()), str(source.relative_to(ROOT).with_suffix(""))
-        block = moe_block(results, path) if family == "moe" else family_block(results, path, family)
         head, _, rest = readme.partition(start)
         readme = f"{head}{start}\n{NOTICE}\n{block}\n\n{end}{rest.partition(end)[2]}"
     return readme

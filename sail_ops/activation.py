@@ -19,6 +19,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up: [..., F], of one shape and dtype (fp32, bf16 or fp16; under autocast the wider one is taken), with
     contiguous rows: the halves `gate_up.chunk(2, -1)` of one projection cost no copy. Returns a contiguous tensor.
     Saved for backward: gate and up.
+    On CUDA: the compiled kernels take rows at one distance, as `rms_norm`; Triton's copy others first.
     Raises ValueError for other shapes, dtypes or strides.
     Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """

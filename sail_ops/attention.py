@@ -56,6 +56,8 @@ def attention(
     number of threads.
     SAIL_OPS_ATTENTION=flash_attn in the environment sends bf16 and fp16 on CUDA to the flash-attn package, if it is
     installed; checks and error messages are then its own, and a gradient that reaches lse raises RuntimeError.
+    On CUDA: bf16 and fp16 alone, A a multiple of 8 up to 128, fewer than 2^30 tokens in q and in k, and every row
+    starts on 16 bytes: the address, and all strides but the last, in bytes, are multiples of 16.
     Raises ValueError for other shapes, dtypes or strides.
     Source: Dao 2023, "FlashAttention-2"; names and alignment as in its `flash_attn_func`.
     """
@@ -112,6 +114,7 @@ def attention_varlen(
     q: [T, H, A], k and v: [U, G, A], else as for `attention`. lse: [H, T].
     cu_seqlens_q, cu_seqlens_k: [sequences + 1] int32, rising from 0 to T and U; a sequence may be empty.
     max_seqlen_q, max_seqlen_k: no sequence is longer.
+    On CUDA: as `attention`; the values of cu_seqlens are looked at under SAIL_OPS_CHECK=1, which waits for the device.
     Raises ValueError for other shapes, dtypes or strides, and (on the CPU) for other values.
     Source: flash-attn's `flash_attn_varlen_func`.
     """

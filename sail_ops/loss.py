@@ -63,6 +63,8 @@ def linear_cross_entropy(
     compute both gradients with the loss, from the same logits: three matrix products. They are kept for the backward,
     which scales them in place: a second backward through one graph raises. "none" cannot know what its tokens'
     gradients will be multiplied by: its backward computes the logits again, and may run twice.
+    On CUDA: a chunk is an eighth of all tokens, and ignored ones cost as much as others, as only the device knows them;
+    labels are looked at under SAIL_OPS_CHECK=1, which waits for the device.
     Raises ValueError for other shapes, dtypes or strides, and (on the CPU) labels out of range.
     Source: Hsu et al. 2024, "Liger Kernel", section 3.2; the z-loss is Chowdhery et al. 2022, "PaLM", section 5.
     """

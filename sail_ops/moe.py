@@ -62,6 +62,8 @@ def fused_experts(
     Raises:
         ValueError: a wrong rank, size, dtype, device or stride; the message names the argument.
 
+    On CUDA: the compiled kernels take bf16 and fp16 alone, and at most 12,032 experts; Triton's take fp32 too.
+
     Source: the algorithm of SonicMoE (arXiv 2512.14080): the routing weights' gradient is <dA, A>, so that expert
     outputs are neither saved nor computed again. SAIL-VL2 (arXiv 2509.14033), section 5.2.
     """
@@ -108,6 +110,9 @@ def grouped_experts(
 
     Raises:
         ValueError: a wrong rank, size, dtype, device or stride, or offsets that fall or pass R.
+
+    On CUDA: the compiled kernels take bf16 and fp16 alone, Triton's fp32 too; offsets are looked at under
+    SAIL_OPS_CHECK=1, which waits for the device, and clamped otherwise.
     """
     return _experts(
         _GROUPED,
@@ -138,6 +143,8 @@ def grouped_mm(x_RK: Tensor, w_EKN: Tensor, offsets_E: Tensor) -> Tensor:
 
     Raises:
         ValueError: a wrong rank, size, dtype, device or stride, or offsets that fall or pass R.
+
+    On CUDA: as `grouped_experts`.
     """
     x_RK, w_EKN = _autocast(x_RK, w_EKN)
     if needs_grad(x_RK, w_EKN):

@@ -23,6 +23,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-6) -> Tensor:
     x: [..., D], fp32, bf16 or fp16, with contiguous rows: a view such as x[:, :D] costs no copy.
     weight_D: [D], in x's dtype; under autocast it is cast to it. Returns a contiguous tensor like x.
     Saved for backward: x and the weight. The weight's gradient is the same for any number of threads.
+    On CUDA: the compiled kernels take at most 2^31 - 1 rows, all at one distance: a contiguous tensor, or x[:, :D] of a
+    wider one, but not x[:, :7] of [B, S, D], which Triton's copy first.
     Raises ValueError for other shapes, dtypes or strides.
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
@@ -38,6 +40,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float = 1e-
 
     x, residual: [..., D], of one dtype (under autocast the wider one is taken). weight_D as for `rms_norm`.
     Saved for backward: s and the weight. The backward adds the gradient of s in the same pass.
+    On CUDA: rows of x and of residual as `rms_norm`.
     Raises ValueError for other shapes, dtypes or strides.
     """
     if in_autocast(x):
@@ -54,6 +57,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None = None, eps: f
     x: [..., D], fp32, bf16 or fp16, with contiguous rows. weight_D, bias_D: [D], in x's dtype; under autocast they are
     cast to it. Reduced in fp32, rounded once. Returns a contiguous tensor like x.
     Saved for backward: x and the weight. The gradients are the same for any number of threads.
+    On CUDA: rows as `rms_norm`; Triton has no kernel for it.
     Raises ValueError for other shapes, dtypes or strides.
     Source: Ba et al. 2016, "Layer Normalization".
     """
@@ -71,6 +75,7 @@ def add_layer_norm(
 
     x, residual: [..., D], of one dtype (under autocast the wider one is taken). The rest as for `layer_norm`.
     Saved for backward: s and the weight. The backward adds the gradient of s in the same pass.
+    On CUDA: rows of x and of residual as `layer_norm`.
     Raises ValueError for other shapes, dtypes or strides.
     """
     if in_autocast(x):

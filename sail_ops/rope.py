@@ -23,6 +23,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     over dimensions of size 1 and missing leading ones, as transformers makes them ([1, S, A]). Without gradient.
     positions: int32 or int64, a token's row of cos and sin, which are then [P, A] or [P, A/2].
     Returns contiguous tensors like q and k. Saved for backward: the tables.
+    On CUDA: A up to 512, fewer than 2^31 tokens, and at most three dimensions of tokens, once those that one stride
+    walks in every tensor are joined; positions are looked at under SAIL_OPS_CHECK=1, which waits for the device.
     Raises ValueError for other shapes, dtypes or strides, an odd A, and (on the CPU) positions out of range.
     Source: Su et al. 2021, "RoFormer", in the order of halves that GPT-NeoX introduced.
     """
@@ -46,6 +48,7 @@ def qk_norm_rope(
     q, k, cos, sin, positions as for `rope`. q_weight_A, k_weight_A: [A], in q's dtype; under autocast they are cast to
     it. Between norm and rotation nothing is rounded.
     Saved for backward: q, k, the weights and the tables. The weights' gradients are the same for any number of threads.
+    On CUDA: as `rope`.
     Raises ValueError as `rope`.
     Source: Qwen3 technical report (arXiv 2505.09388), section 2.
     """

@@ -33,6 +33,8 @@ def route_topk(
     Returns Routing(weights_TK fp32, ids_TK int64, counts_E int64, prob_sum_E fp32). counts_E: how many routed rows
     each expert gets; prob_sum_E: the sum of p over the tokens. The same for any number of threads.
     Gradients flow to the logits from weights_TK and prob_sum_E. Saved for backward: logits and ids.
+    On CUDA: at most 3,072 experts (Triton's kernel: 16,384) and 2^31 - 1 tokens; ids_TK is looked at under
+    SAIL_OPS_CHECK=1, which waits for the device.
     Raises ValueError for other shapes, dtypes or strides, k outside [1, E], and (on the CPU) ids outside [0, E).
     Source: Shazeer et al. 2017; the bias is DeepSeek-V3's (section 2.1.2).
     """

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run in place, never installed
 
-from benchmarks import bench_attention, memory, peers, report
-from benchmarks.cases import MoeCase, draw_routings, moe_cases
+from benchmarks import bench_attention, cards, memory, peers, report
+from benchmarks.cases import MoeCase, cuda_cases, draw_routings, moe_cases
 from benchmarks.layer import Layer
 from sail_ops import reference
 from sail_ops.testing import assert_accurate, check_op, random
@@ -64,6 +64,12 @@ def test_every_peer_computes_the_layer(name: str) -> None:
 
     x, weights = random(64, 64, seed=3).requires_grad_(), layer.routing_TK.detach().requires_grad_()
     check_op(of(peer), of(reference.fused_experts), x, gate_up, down, weights)
+
+
+@pytest.mark.parametrize("name", ["sonicmoe", "sail_recomputed", "grouped"])
+def test_what_is_no_peer_is_not_timed_as_ours(name: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{name}', expected a peer or one of sail, sail_recompute,"):
+        Layer(TRAIN).prepare(name)
 
 
 @pytest.mark.parametrize("case", bench_attention.CASES.values(), ids=bench_attention.CASES.keys())
@@ -153,7 +159,9 @@ def test_readme_blocks_are_replaced_and_checked(
     families = ("moe", *report.TABLES)
     readme = tmp_path / "README.md"
     blocks = [
-        f"{start.format(family)}\nold\n{end.format(family)}" for family in families for start, end in [report.MARKERS]
+        f"{start.format(name)}\nold\n{end.format(name)}"
+        for name in (*families, "cards")
+        for start, end in [report.MARKERS]
     ]
     readme.write_text("before\n" + "\n".join(blocks) + "\nafter\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -162,10 +170,61 @@ def test_readme_blocks_are_replaced_and_checked(
         assert report.main(["--check"]) == 1
         assert f"{family}.json is missing" in capsys.readouterr().out
         (folder / f"{family}.json").write_text(json.dumps(results()))
-    assert report.main(["--check"]) == 1 and "old" in readme.read_text()
+    assert report.main(["--check"]) == 1 and "\nold\n" in readme.read_text()
     assert report.main([]) == 0
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "2.00x to 4.00x" in text
+    assert (
+        text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text and "2.00x to 4.00x" in text
+    )
     assert report.main(["--check"]) == 0
-    readme.write_text(text.replace(report.MARKERS[0].format("norm"), ""))
-    assert report.main(["--check"]) == 1 and "bench:norm:start" in capsys.readouterr().out
+    card = folder.with_name("cuda-nvidia-h20")
+    card.mkdir()
+    (card / "step.json").write_text(json.dumps(card_results("NVIDIA H20")["step"]))
+    assert report.main(["--check"]) == 1 and report.main([]) == 0 and report.main(["--check"]) == 0
+    assert "| NVIDIA H20 | not measured" in readme.read_text()
+    for name in ("norm", "cards"):
+        readme.write_text(text.replace(report.MARKERS[0].format(name), ""))
+        assert report.main(["--check"]) == 1 and f"bench:{name}:start" in capsys.readouterr().out
+
+
+def card_results(name: str) -> dict[str, Any]:
+    """A card's results made up, by family: ours takes 2 ms, the n-th peer n + 1 times that; other cases 9 ms."""
+    found = {}
+    for headline in cards.HEADLINES:
+        rows = []
+        for case, ours in ((headline.case, 2.0), (dict.fromkeys(headline.case, "another"), 9.0)):
+            speedup = {peer: n + 2.0 for n, peer in enumerate(headline.peers)}
+            info = {"family": headline.family, "kind": "train", "case": case, "ms": {"sail": ours}, "speedup": speedup}
+            rows.append({"extra_info": info})
+        found[headline.family] = results() | {"benchmarks": rows, "machine_info": {"card": {"name": name}}}
+    return found
+
+
+def test_table_of_cards() -> None:
+    """Rows that wait, a card of which a family is missing, one that is not among the named, a peer that did not run."""
+    h100, other = card_results("NVIDIA H100 80GB HBM3"), card_results("NVIDIA L40S")
+    del h100["loss"], other["moe"]["benchmarks"][0]["extra_info"]["speedup"]["liger"]
+    text = cards.card_table({"cuda-nvidia-l40s": other, "cuda-nvidia-h100-80gb-hbm3": h100})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["A100", "NVIDIA H100 80GB HBM3", "H20", "NVIDIA L40S"]
+    assert set(rows[0][1:]) == set(rows[2][1:]) == {"not measured"}
+    figures = "2.00 ms; 2.00x grouped_mm, 3.00x Liger", "2.00 ms; 2.00x flash, 3.00x cuDNN"
+    assert tuple(rows[1][1:3]) == figures and rows[1][4] == "not measured" and rows[1][-1] == "0123456789, 2026-01-01"
+    assert rows[3][1] == "2.00 ms; 2.00x grouped_mm, Liger not measured"
+
+
+def test_headlines_are_cases_that_a_card_runs() -> None:
+    """A case that no benchmark has any more would be "not measured" for ever."""
+    from benchmarks import bench_attention_cuda, bench_loss, bench_moe_cuda, bench_norm_cuda, bench_step_cuda
+
+    wanted = {headline.family: headline for headline in cards.HEADLINES}
+    moe = [case for case in cuda_cases() if vars(case).items() >= wanted["moe"].case.items()]
+    assert len(moe) == 1 and set(wanted["moe"].peers) <= set(bench_moe_cuda.peers_of(moe[0]))
+    case = bench_attention_cuda.CASES[wanted["attention"].case["name"]]
+    assert (case.causal, case.lengths) == (True, (4096,) * 4)
+    assert set(wanted["attention"].peers) <= set(bench_attention_cuda.peers_of(case))
+    assert wanted["step"].case["T"] in bench_step_cuda.TOKENS
+    op, D = wanted["norm"].case["op"], wanted["norm"].case["D"]
+    assert (op, D) in [(op, shape[1]) for op, shape in bench_norm_cuda.CASES]
+    assert set(wanted["norm"].peers) <= {*bench_norm_cuda.PEERS, "liger"}
+    assert set(wanted["loss"].peers) <= {*bench_loss.PEERS, "liger"}

@@ -14,7 +14,7 @@ from torch import Tensor
 import sail_ops
 from sail_ops import reference, testing
 
-SOURCES = ("loss",)
+SOURCES = ("loss", "card")
 DTYPES = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 # as tests/test_loss.py says; of a larger vocabulary, a word's gradient comes from fewer tokens
 POOL = {"args[0]": 16, "args[1]": 64}

@@ -86,6 +86,9 @@ def test_too_many_experts() -> None:
     weights = x.new_zeros(E, 2, 8), x.new_zeros(E, 8, 1)
     with pytest.raises(ValueError, match="down: got E = 12033, expected at most 12032 experts"):
         sail_ops.fused_experts(x, *weights, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
+    assert sail_ops.route_topk(torch.zeros(1, 3072), 1, renormalize=True).counts_E.sum() == 1
+    with pytest.raises(ValueError, match="logits_TE: got E = 3073, expected at most 3072 experts on a CUDA device"):
+        sail_ops.route_topk(torch.zeros(1, 3073), 1, renormalize=True)
 
 
 # ---- what is decided once a process: the card, and whether values are checked

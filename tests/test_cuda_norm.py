@@ -100,6 +100,16 @@ def test_only_wanted_gradients(which: tuple[int, ...]) -> None:
         testing.check_op(sail_ops.layer_norm, reference.layer_norm, args[0], *args[2:])
 
 
+def test_rows_at_one_distance() -> None:
+    """As the docstrings have it: of a batch's first tokens they are not."""
+    x, weight = testing.random(2, 9, 128), torch.ones(64)
+    want = sail_ops.rms_norm(x[..., :64].contiguous(), weight)
+    assert torch.equal(sail_ops.rms_norm(x[..., :64], weight), want)
+    for op in (sail_ops.rms_norm, sail_ops.layer_norm):
+        with pytest.raises(ValueError, match="x: got rows of uneven distance, .*, expected a contiguous tensor"):
+            op(x[:, :7, :64], weight)
+
+
 def test_more_rows_than_a_grid_has_blocks() -> None:
     with pytest.raises(ValueError, match="x: got shape .*, expected at most 2147483647 rows"):
         sail_ops.rms_norm(torch.ones(1, 1).expand(2**31, 1), torch.ones(1))

@@ -22,7 +22,7 @@ void launch_swiglu(const Check& c, DType dtype, SwiGLU a, const Tensor& gate, bo
       aligned(dtype == DType::f32 ? 4 : 2, {a.gate, a.up, a.grad, a.out, a.dgate, a.dup},
               {a.width, rows > 1 ? a.gate_stride : 0, rows > 1 ? a.up_stride : 0, rows > 1 ? a.grad_stride : 0});
   const DeviceGuard guard(gate.device_index());
-  const cudaStream_t stream = current_stream(gate);
+  const cudaStream_t stream = current_stream(c, gate);
   dispatch(dtype, vectors, [&](auto t, auto width) {
     using T = decltype(t);
     constexpr int N = decltype(width)::value;

@@ -65,7 +65,7 @@ const int32_t* checked_ends(const Check& c, const char* arg, const Tensor& cu, i
   if (!check_values()) return ends;
   std::vector<int32_t> values(cu.size(0));
   const DeviceGuard guard(cu.device_index());
-  const cudaStream_t stream = current_stream(cu);
+  const cudaStream_t stream = current_stream(c, cu);
   cudaMemcpyAsync(values.data(), ends, values.size() * 4, cudaMemcpyDeviceToHost, stream);
   cudaStreamSynchronize(stream);
   check_launch(c.op());
@@ -86,7 +86,7 @@ Attention check_attention_varlen(const Check& c, const Tensor& q, const Tensor& 
 
 Launch launch_on(const Check& c, const Tensor& q, const Card& card) {
   return {c.real("q", q) == DType::bf16 ? Element::bf16 : Element::f16, card.sm_count, card.shared_limit,
-          current_stream(q)};
+          current_stream(c, q)};
 }
 
 // Of both public forms; max_q, max_k: no sequence has more queries or keys.

@@ -52,14 +52,26 @@ Kernels kernels_wanted() {
 }  // namespace
 
 Card card_of(const Check& c, const Tensor& t) {
+  thread_local Card card;  // of `known`: a thread mostly stays on one card
+  thread_local std::optional<int> known;
   const int device = t.device_index();
-  const Card card = {
-      attribute(cudaDevAttrComputeCapabilityMajor, device), attribute(cudaDevAttrComputeCapabilityMinor, device),
-      attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+  if (known == device) return card;
+  card = {attribute(cudaDevAttrComputeCapabilityMajor, device), attribute(cudaDevAttrComputeCapabilityMinor, device),
+          attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+  known.reset();
   if (card.major < 8 || !has_code(SAIL_CUDA_ARCHS, card.major, card.minor))
     fail_unsupported(c, device, card.major, card.minor);
   kernels_wanted();  // a name that is none is said by every operator
+  known = device;
   return card;
+}
+
+cudaStream_t current_stream(const Check& c, const Tensor& t) {
+  card_of(c, t);
+  void* stream;
+  ok(aoti_torch_get_current_cuda_stream(t.device_index(), &stream), "current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
 }
 
 bool prefers_sm90(const Card& card) { return card.major == 9 && card.minor == 0 && kernels_wanted() != Kernels::sm80; }

@@ -8,11 +8,9 @@
 #include "kernels/elements.cuh"
 
 namespace sail::cuda {
-inline cudaStream_t current_stream(const Tensor& t) {
-  void* stream;
-  ok(aoti_torch_get_current_cuda_stream(t.device_index(), &stream), "current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
+// torch's stream on the tensor's card. Throws as card_of does where the library has no code for it: every operator comes
+// by here, so that none ends in CUDA's "no kernel image".
+cudaStream_t current_stream(const Check& c, const Tensor& t);
 
 // A launch that was refused (no device, too much shared memory, ...) throws; nothing here waits for the device.
 inline void check_launch(const char* op) {

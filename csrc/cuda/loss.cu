@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cuda(const Tenso
   SoftmaxLoss a = {};
   if (scale) a.scale = check_token_weights(c, *scale, hidden);
   const DeviceGuard guard(hidden.device_index());
-  const cudaStream_t stream = current_stream(hidden);
+  const cudaStream_t stream = current_stream(c, hidden);
   if (check_values()) check_labels(c, labels, s.V, ignore_index, stream);
   Tensor logprobs = hidden.empty({s.T}, aoti_torch_dtype_float32()), lse = logprobs.empty_like();
   Tensor dhidden = hidden.empty({need_dhidden ? s.T : 0, s.D}, hidden.dtype());

@@ -14,7 +14,8 @@ struct Call {
   cudaStream_t stream;
 
   // The last check: whatever else is wrong with a call is said first.
-  Call(const Check& check, const Tensor& x) : c(check), like(x), card(card_of(check, x)), stream(current_stream(x)) {
+  Call(const Check& check, const Tensor& x)
+      : c(check), like(x), card(card_of(check, x)), stream(current_stream(check, x)) {
     c.that(c.real("x", x) != DType::f32, "x", "float32", "bfloat16 or float16 on a CUDA device");
   }
   Launch launch(DType dtype) const {

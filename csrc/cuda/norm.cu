@@ -32,7 +32,7 @@ void launch_forward(const Check& c, DType dtype, const NormForward& a, const Ten
   const bool vectors = aligned(element_size(dtype), {a.x, a.residual, a.weight, a.bias, a.y, a.sum},
                                {a.D, a.x_stride, a.residual_stride});
   const DeviceGuard guard(x.device_index());
-  const cudaStream_t stream = current_stream(x);
+  const cudaStream_t stream = current_stream(c, x);
   const RowPlan plan = plan_rows(a.D, vector_width(dtype, vectors), kForwardBlock);
   const auto blocks = static_cast<unsigned>((a.rows + plan.slots - 1) / plan.slots);
   dispatch_rows(dtype, vectors, plan.kept, [&](auto t, auto width, auto kept) {
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
   a.dweight = need_dweight ? dweight_blocks.ptr<float>() : nullptr;
   a.dbias = need_dbias ? dbias_blocks.ptr<float>() : nullptr;
   const DeviceGuard guard(x.device_index());
-  const cudaStream_t stream = current_stream(x);
+  const cudaStream_t stream = current_stream(c, x);
   dispatch_rows(dtype, vectors, plan.kept, [&](auto t, auto width, auto kept) {
     if (blocks)
       launch(norm_backward_kernel<decltype(t), decltype(width)::value, decltype(kept)::value, kLayer>,

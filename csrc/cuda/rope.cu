@@ -127,7 +127,7 @@ void check_positions(const Call& call, const Tensor& positions, cudaStream_t str
 
 template <bool kNorm> void launch_rope(const Call& call, const Tensor& q, const OptTensor& positions) {
   const DeviceGuard guard(q.device_index());
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = current_stream(call.c, q);
   if (positions && check_values()) check_positions(call, *positions, stream);
   const int64_t items = call.a.tokens * std::max(call.a.q.per_token, call.a.k.per_token), groups = call.groups();
   if (!items) return;
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward_cuda(const Tens
   a.q.out = dq.data(), a.k.out = dk.data();
   if (need_dweights) a.q.dweight = q_partial.ptr<float>(), a.k.dweight = k_partial.ptr<float>();
   const DeviceGuard guard(q.device_index());
-  const cudaStream_t stream = current_stream(q);
+  const cudaStream_t stream = current_stream(call.c, q);
   const dim3 grid(static_cast<unsigned>(blocks(std::max(q_items, k_items))), 2);
   dispatch(call.dtype, call.vectors, [&](auto t, auto width) {
     if (grid.x)

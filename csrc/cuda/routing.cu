@@ -71,7 +71,7 @@ Routed route_topk_cuda(const Tensor& logits, int64_t K, bool renormalize, const 
   const float* bias_E = check_floats(c, "bias_E", bias, {E}, logits);
   const bool* mask_T = check_mask(c, mask, T, logits);
   const DeviceGuard guard(logits.device_index());
-  const cudaStream_t stream = current_stream(logits);
+  const cudaStream_t stream = current_stream(c, logits);
   if (replay) check_ids(c, *replay, T, K, logits, stream);
 
   const int64_t by_token[] = {T, K}, by_expert[] = {E};
@@ -120,7 +120,7 @@ Tensor route_topk_backward_cuda(const OptTensor& grad_weights, const OptTensor& 
   const float* dsum = check_floats(c, "grad_prob_sum_E", grad_prob_sum, {E}, logits);
   const bool* mask_T = check_mask(c, mask, T, logits);
   const DeviceGuard guard(logits.device_index());
-  const cudaStream_t stream = current_stream(logits);
+  const cudaStream_t stream = current_stream(c, logits);
   check_ids(c, ids, T, K, logits, stream);
   Tensor dlogits = logits.empty_like();
   if (!T) return dlogits;
