@@ -1,7 +1,7 @@
 """Tables, verdict and chart from the results that a benchmark run leaves in results/<device>/<family>.json.
 
 python -m benchmarks.report            writes the blocks between README.md's bench:<family> markers, and the chart;
-                                       bench:cards has a row for every card
+                                       bench:cards has a row for every card, bench:targets what was aimed at
 python -m benchmarks.report --check    exits with 1 where README.md does not match the results
 python -m benchmarks.report DEVICE     prints the tables of every family in results/DEVICE/, a card's say
 """
@@ -23,6 +23,7 @@ from benchmarks.tables import (
     table,
     variant_table,
 )
+from benchmarks.targets import target_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -181,14 +182,15 @@ def cards_block() -> str:
 
 def blocks() -> dict[str, str]:
     """README's parts by marker; ValueError where the results of one are missing."""
-    found = {}
+    found, kept = {}, {}
     for family in ("moe", *TABLES):
         source = RESULTS / README_DEVICE / f"{family}.json"
         if not source.exists():
             raise ValueError(f"{source.relative_to(ROOT)} is missing: run `make bench` on that device")
-        results, path = json.loads(source.read_text()), str(source.relative_to(ROOT).with_suffix(""))
+        kept[family] = results = json.loads(source.read_text())
+        path = str(source.relative_to(ROOT).with_suffix(""))
         found[family] = moe_block(results, path) if family == "moe" else family_block(results, path, family)
-    return found | {"cards": cards_block()}
+    return found | {"targets": target_table(kept), "cards": cards_block()}
 
 
 def updated(readme: str) -> str:

@@ -114,8 +114,12 @@ def target_table(results: Results) -> str:
     """A line a target: what was wanted, and what the kept results reach."""
     lines = []
     for t in TARGETS:
-        value = t.reached(results)
-        met = value <= t.wanted if t.most else value >= t.wanted
         wanted = f"{'at most ' if t.most else ''}{t.wanted:g} {t.measure}"
+        try:
+            value = t.reached(results)
+        except (LookupError, ValueError):  # no such row
+            lines.append([t.what, wanted, "not measured", ""])
+            continue
+        met = value <= t.wanted if t.most else value >= t.wanted
         lines.append([t.what, wanted, f"{value:.2f}", "yes" if met else "no"])
     return table(["bf16 unless named", "target", "reached", "met"], lines)

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run in place, never installed
 
-from benchmarks import bench_attention, cards, memory, peers, report
+from benchmarks import bench_attention, cards, memory, peers, report, targets
 from benchmarks.cases import MoeCase, cuda_cases, draw_routings, moe_cases
 from benchmarks.layer import Layer
 from sail_ops import reference
@@ -160,7 +160,7 @@ def test_readme_blocks_are_replaced_and_checked(
     readme = tmp_path / "README.md"
     blocks = [
         f"{start.format(name)}\nold\n{end.format(name)}"
-        for name in (*families, "cards")
+        for name in (*families, "targets", "cards")
         for start, end in [report.MARKERS]
     ]
     readme.write_text("before\n" + "\n".join(blocks) + "\nafter\n")
@@ -185,6 +185,18 @@ def test_readme_blocks_are_replaced_and_checked(
     for name in ("norm", "cards"):
         readme.write_text(text.replace(report.MARKERS[0].format(name), ""))
         assert report.main(["--check"]) == 1 and f"bench:{name}:start" in capsys.readouterr().out
+
+
+def test_every_target_is_held_against_the_kept_results() -> None:
+    folder = report.RESULTS / report.README_DEVICE
+    kept = {family: json.loads((folder / f"{family}.json").read_text()) for family in ("moe", *report.TABLES)}
+    text = targets.target_table(kept)
+    assert len(text.splitlines()) == 2 + len(targets.TARGETS) and "not measured" not in text
+    for info in (row["extra_info"] for row in kept["step"]["benchmarks"]):
+        info["speedup"]["transformers"], info["peak_bytes"]["sail"] = 1.49, info["peak_bytes"]["transformers"] + 1
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in targets.target_table(kept).splitlines()]
+    layer = [row[2:] for row in cells if row[0].startswith("whole decoder layer")]
+    assert layer == [["1.49", "no"], ["1.00", "no"]]
 
 
 def card_results(name: str) -> dict[str, Any]:
