@@ -1,7 +1,8 @@
 """`attention` and `attention_varlen`, forward and with the backward, beside torch's scaled_dot_product_attention.
 
-Sequences of one length are a batch, others a pack. A pack's peers are SDPA by sequence, on the padded batch, and on
-nested tensors (which it has not where causal).
+Sequences of one length are a batch, others a pack. A batch's other peer is torch.compile of the eager formula, which
+holds S^2 scores: up to 1,024 tokens. A pack's peers are SDPA by sequence, on the padded batch, and on nested tensors
+(which it has not where causal).
 GFLOP/s count 4 S^2 H A forward, half of it where causal, and 3.5 times as much with the backward: seven products.
 """
 
@@ -18,8 +19,10 @@ import sail_ops
 from benchmarks import harness
 from benchmarks.cases import DTYPES, size_name
 from benchmarks.limits import Limits
+from sail_ops import reference
 
 BUDGET = {"full": 1.5, "tiny": 0.02}  # seconds a row
+MAX_EAGER = 1024  # tokens of a sequence whose scores are one tensor
 RAGGED = (37, 1024, 256, 512, 96, 700, 3, 1400)
 
 
@@ -129,6 +132,14 @@ def batched(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.sdpa(*s.batch(q, k, v), s.mask).flatten(0, 1)
 
 
+compiled_attention = torch.compile(reference.attention, dynamic=False)
+
+
+def compiled(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula, fused by Inductor."""
+    return compiled_attention(*s.batch(q, k, v), causal=s.case.causal).flatten(0, 1)
+
+
 def by_sequence(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A call each."""
     parts = zip(q.split(s.queries), k.split(s.keys), v.split(s.keys), strict=True)
@@ -151,6 +162,7 @@ def nested(s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 IMPLEMENTATIONS: dict[str, Callable[[AttentionSteps, Tensor, Tensor, Tensor], Tensor]] = {
     "sail": sail,
     "sdpa": batched,
+    "compiled": compiled,
     "sdpa_by_sequence": by_sequence,
     "sdpa_padded": padded,
     "sdpa_nested": nested,
@@ -158,9 +170,9 @@ IMPLEMENTATIONS: dict[str, Callable[[AttentionSteps, Tensor, Tensor, Tensor], Te
 
 
 def peers_of(case: Case) -> list[str]:
-    """Padding and nested tensors where there is something to pad."""
+    """Padding and nested tensors where there is something to pad, scores where they are few."""
     if len(set(case.lengths)) == 1:
-        return ["sdpa"]
+        return ["sdpa"] + ["compiled"] * (case.lengths[0] <= MAX_EAGER)
     return ["sdpa_by_sequence", "sdpa_padded"] + ["sdpa_nested"] * (not case.causal)
 
 
@@ -168,8 +180,10 @@ def peers_of(case: Case) -> list[str]:
 def test_attention(benchmark: BenchmarkFixture, name: str, limits: Limits) -> None:
     """Forward, or forward and backward, against all peers."""
     case = sized(CASES[name])
-    steps = AttentionSteps(case)
-    samples = harness.interleave(benchmark, steps, "sail", peers_of(case), budget=BUDGET[size_name()])
+    steps, peers = AttentionSteps(case), peers_of(CASES[name])  # a tiny case has the full one's
+    for peer in peers:
+        steps.run(peer)  # compiles
+    samples = harness.interleave(benchmark, steps, "sail", peers, budget=BUDGET[size_name()])
     gflops = steps.flops / benchmark.stats.stats.median / 1e9
     harness.record(
         benchmark,

@@ -90,7 +90,7 @@ def test_attention(benchmark: BenchmarkFixture, name: str, cuda_limits: Limits) 
     """Forward, or forward and backward, against all peers."""
     case = bench_attention.sized(CASES[name])
     steps = CardSteps(case, events.DEVICE)
-    samples, facts = events.measure(benchmark, steps, peers_of(case), budget=BUDGET)
+    samples, facts = events.measure(benchmark, steps, peers_of(CASES[name]), budget=BUDGET)
     gflops = steps.flops / median(samples["sail"]) / 1e9
     harness.record(
         benchmark,

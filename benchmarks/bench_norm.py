@@ -1,17 +1,19 @@
 """Norms, rotary embedding and `swiglu`, forward and backward, beside torch's functions and a copy's bandwidth.
 
+transformers' own code is a peer where it does something else than torch's functions: not for LayerNorm and `swiglu`.
 The copy goes into memory that is there, and so do the results of all implementations: malloc keeps what is freed.
 """
 
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
-from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 import sail_ops
 from benchmarks import harness, liger
@@ -48,18 +50,53 @@ def torch_qk_norm_rope(
     return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
 
 
+def qwen3_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """The forward of transformers' module, in eager mode."""
+    return Qwen3RMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=1e-6), x)  # type: ignore[arg-type]
+
+
+def qwen3_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As its decoder layer has it."""
+    total = x + residual
+    return qwen3_rms_norm(total, weight), total
+
+
+def qwen3_qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As its attention has it: q_norm, k_norm, rotation."""
+    q, k = qwen3_rms_norm(q, q_weight), qwen3_rms_norm(k, k_weight)
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+
+
 OPS: dict[str, dict[str, Op]] = {
-    "rms_norm": {"sail": sail_ops.rms_norm, "torch": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)},
-    "add_rms_norm": {"sail": sail_ops.add_rms_norm, "torch": torch_add_rms_norm},
+    "rms_norm": {
+        "sail": sail_ops.rms_norm,
+        "torch": lambda x, w: F.rms_norm(x, w.shape, w, 1e-6),
+        "transformers": qwen3_rms_norm,
+    },
+    "add_rms_norm": {
+        "sail": sail_ops.add_rms_norm,
+        "torch": torch_add_rms_norm,
+        "transformers": qwen3_add_rms_norm,
+    },
     "layer_norm": {"sail": sail_ops.layer_norm, "torch": lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5)},
     "add_layer_norm": {"sail": sail_ops.add_layer_norm, "torch": torch_add_layer_norm},
-    "qk_norm_rope": {"sail": sail_ops.qk_norm_rope, "torch": torch_qk_norm_rope},
+    "qk_norm_rope": {
+        "sail": sail_ops.qk_norm_rope,
+        "torch": torch_qk_norm_rope,
+        "transformers": qwen3_qk_norm_rope,
+    },
     "swiglu": {"sail": sail_ops.swiglu, "torch": lambda gate, up: F.silu(gate) * up},
 }
 for name, implementations in OPS.items():
     implementations["compiled"] = torch.compile(getattr(reference, name), dynamic=False)  # the eager formula
     implementations["liger"] = liger.OPS[name]
-PEERS = ("torch", "compiled")  # a card has liger too
+
+
+def peers_of(op: str) -> list[str]:
+    """A card has liger too."""
+    return [name for name in ("torch", "transformers", "compiled") if name in OPS[op]]
 
 
 class NormSteps:
@@ -109,10 +146,11 @@ def test_norm(benchmark: BenchmarkFixture, op: str, dtype: str) -> None:
     """A training step of one operator."""
     size = size_name()
     steps = NormSteps(op, DTYPES[dtype], SHAPES[size])
-    for name in ("sail", *PEERS):
+    peers = peers_of(op)
+    for name in ("sail", *peers):
         steps.run(name)  # compiles
     with malloc_keeps():
-        samples = harness.interleave(benchmark, steps, "sail", [*PEERS, "copy"], budget=BUDGET[size])
+        samples = harness.interleave(benchmark, steps, "sail", [*peers, "copy"], budget=BUDGET[size])
     tokens, hidden = SHAPES[size]
     harness.record(
         benchmark,

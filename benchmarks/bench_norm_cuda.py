@@ -7,7 +7,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import events, harness
-from benchmarks.bench_norm import OPS, PEERS, SHAPES, NormSteps, Shape
+from benchmarks.bench_norm import OPS, SHAPES, NormSteps, Shape, peers_of
 from benchmarks.cases import DTYPES, size_name
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -22,7 +22,7 @@ CASES = [(op, shape) for op in OPS for shape in CUDA_SHAPES if op != "qk_norm_ro
 def test_norm(benchmark: BenchmarkFixture, op: str, shape: Shape) -> None:
     """A training step of one operator."""
     steps = NormSteps(op, DTYPES["bf16"], shape, events.DEVICE)
-    samples, facts = events.measure(benchmark, steps, [*PEERS, "liger", "copy"], budget=BUDGET)
+    samples, facts = events.measure(benchmark, steps, [*peers_of(op), "liger", "copy"], budget=BUDGET)
     ours = median(samples["sail"])
     case = {"op": op, "dtype": "bf16", "T": shape[0], "D": shape[1]}
     rates = {"gb_s": steps.traffic / ours / 1e9, "of_copy": median(samples["copy"]) / ours}

@@ -19,6 +19,7 @@ ATTENTION_PEERS = {
     "sdpa_by_sequence": "by sequence",
     "sdpa_padded": "padded",
     "sdpa_nested": "nested",
+    "compiled": "compiled eager",
     "torch_varlen": "torch varlen",
     "flash_attn": "flash-attn",
 }
@@ -105,7 +106,7 @@ def ratios(row: Row, peers: dict[str, str]) -> list[str]:
 def norm_table(results: Row) -> str:
     """A line an operator: forward and backward against torch, and against the bandwidth of a copy."""
     rows = infos(results, "norm")
-    peers = present(rows, {"torch": "torch", "compiled": "compiled", "liger": "Liger"})
+    peers = present(rows, {"torch": "torch", "transformers": "transformers", "compiled": "compiled", "liger": "Liger"})
     several = len({i["case"]["D"] for i in rows}) > 1
     lines = [
         [f"{i['case']['op']}, D {i['case']['D']}" if several else i["case"]["op"], i["case"]["dtype"]]

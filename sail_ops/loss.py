@@ -120,6 +120,27 @@ def _count(labels_T: Tensor, weights_T: Tensor | None, ignore_index: int, reduct
     return (labeled_T if weights_T is None else labeled_T * weights_T).sum().float()
 
 
+def _fit(
+    hidden_TD: Tensor, labels_T: Tensor, weights_T: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor | float]:
+    """The scale that the kept gradients have, and by what they are to be multiplied for those of the sum.
+
+    Only fp16 needs one. A word's gradient is a sum over tokens that leaves its range where the mean's is far within,
+    and already divided by their number, probabilities would be zeros: a loss scaler comes later. So the scale is
+    as large as the sum of all tokens' largest hidden values allows: 1 without weights, if these sum up to 2^14.
+    """
+    if hidden_TD.dtype != torch.float16:
+        return weights_T, 1.0
+    w_T = torch.ones_like(labels_T, dtype=torch.float32) if weights_T is None else weights_T
+    size_T = torch.where(labels_T != ignore_index, w_T.abs(), 0)
+    largest_T = torch.linalg.vector_norm(hidden_TD, torch.inf, 1).float()  # of ignored tokens it may be NaN
+    total = torch.where(size_T == 0, 0, size_T * largest_T).sum()
+    # 2^14 is a quarter of the range: the rest is for what z_loss adds, and for rounding
+    factor = torch.cat((size_T, total[None] / 2**14)).amax()
+    factor = torch.where(factor == 0, 1, factor)
+    return w_T / factor, factor
+
+
 class _Reduced(torch.autograd.Function):
     """Sum or mean: both gradients are computed with the loss."""
 
@@ -136,10 +157,12 @@ class _Reduced(torch.autograd.Function):
         need_hidden: bool,
         need_lm_head: bool,
     ) -> tuple[Tensor, Tensor]:
-        args = hidden_TD, lm_head, labels_T, weights_T, ignore_index, z_loss
+        scale_T, factor = _fit(hidden_TD, labels_T, weights_T, ignore_index)
+        args = hidden_TD, lm_head, labels_T, scale_T, ignore_index, z_loss
         logprobs_T, lse_T, dhidden, dlm_head = _linear_cross_entropy(*args, need_hidden, need_lm_head)
         count = _count(labels_T, weights_T, ignore_index, reduction)
-        ctx.save_for_backward(dhidden, dlm_head, count)
+        # no labels: the gradients are zeros
+        ctx.save_for_backward(dhidden, dlm_head, torch.where(count == 0, 0, factor / count))
         ctx.needed = need_hidden, need_lm_head
         ctx.mark_non_differentiable(logprobs_T)
         return _total(logprobs_T, lse_T, weights_T, z_loss) / count, logprobs_T
@@ -147,8 +170,8 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dlm_head, count = ctx.saved_tensors
-        factor = torch.where(count == 0, 0, grad / count)  # no labels: the gradients are zeros
+        dhidden, dlm_head, factor = ctx.saved_tensors
+        factor = torch.where(factor == 0, 0, grad * factor)
         needed_and_grads = zip(ctx.needed, (dhidden, dlm_head), strict=True)
         # in place: a head's gradient is too large to have twice
         grads = [g.mul_(factor) if needed else None for needed, g in needed_and_grads]

@@ -75,6 +75,8 @@ def test_what_is_no_peer_is_not_timed_as_ours(name: str) -> None:
 @pytest.mark.parametrize("case", bench_attention.CASES.values(), ids=bench_attention.CASES.keys())
 def test_every_attention_peer_computes_the_case(case: bench_attention.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAIL_BENCH_SIZE", "tiny")
+    # compiled code is `make bench`'s, and takes minutes
+    monkeypatch.setattr(bench_attention, "compiled_attention", reference.attention)
     steps = bench_attention.AttentionSteps(bench_attention.sized(case)._replace(dtype="fp32"))
     results = {}
     for name in ("sail", *bench_attention.peers_of(case)):
@@ -83,6 +85,11 @@ def test_every_attention_peer_computes_the_case(case: bench_attention.Case, monk
         results[name] = [steps.forward(name), *(t.grad for t in steps.inputs if t.requires_grad)]
     for theirs in results.values():
         torch.testing.assert_close(theirs, results["sail"], rtol=1e-4, atol=1e-4)
+
+
+def test_only_short_batches_have_a_peer_with_all_scores() -> None:
+    with_scores = [name for name, case in bench_attention.CASES.items() if "compiled" in bench_attention.peers_of(case)]
+    assert with_scores == ["S1024-forward", "S1024-train", "S1024-train-fp32", "vision-train"]
 
 
 def test_work_of_an_attention_case() -> None:

@@ -70,6 +70,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     for op, implementations in bench_norm.OPS.items():  # compiled code is `make bench`'s, and takes minutes
         monkeypatch.setitem(implementations, "compiled", getattr(reference, op))
     monkeypatch.setitem(bench_loss.LOSSES, "compiled", bench_loss.full_logits)
+    monkeypatch.setattr(bench_attention, "compiled_attention", reference.attention)
     flash_attn_stand_in.install(monkeypatch)
 
 
@@ -121,7 +122,9 @@ def test_torchs_packed_attention_has_the_arguments() -> None:
 @pytest.mark.parametrize("op", bench_norm.OPS)
 def test_every_norm_peer_computes_the_operator(op: str) -> None:
     steps = bench_norm.NormSteps(op, torch.float32, bench_norm.SHAPES["tiny"], "cpu")
-    for name in bench_norm.PEERS:
+    peers = bench_norm.peers_of(op)
+    assert ("transformers" in peers) == ("rms_norm" in op or op == "qk_norm_rope")
+    for name in peers:
         torch.testing.assert_close(steps.gradients(name), steps.gradients("sail"), rtol=1e-3, atol=1e-4)
 
 

@@ -118,3 +118,90 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="Qwen3MLP has act_fn .*, want silu"):
         apply(other)
     assert not any("forward" in module.__dict__ for module in other.modules())
+
+
+def adapted(target: str, dtype: torch.dtype = torch.float32) -> Any:
+    """With LoRA on these modules, whose B is not zeros as at a training's start."""
+    peft = pytest.importorskip("peft")
+    model = build("qwen3", 1, torch.float32)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=target)
+    return peft.get_peft_model(model, config).to(dtype)
+
+
+def test_lora_on_projections_matches_eager() -> None:
+    """They are called as modules: the adapters' part is in the loss, and each gets its gradient."""
+    projections = r".*\.(q|k|v|o|gate|up|down)_proj"
+    ours = step("qwen3", apply(adapted(projections)), torch.float32)
+    exact, base = (step("qwen3", adapted(projections, d), d) for d in (torch.float64, torch.float32))
+    assert ours.keys() == exact.keys() and sum("lora" in key for key in ours) == 14
+    for key in ours:
+        assert_accurate(ours[key], exact[key], base[key].to(ours[key].dtype), name=key)
+
+
+HEAD = r"Qwen3ForCausalLM.lm_head is (peft|torch)\..*\.Linear, want torch.nn.Linear without bias, adapter or hooks"
+
+
+def test_lora_on_the_head_is_refused() -> None:
+    """The loss has the head's weight alone: the adapter would be left out, and get no gradient."""
+    model = adapted("lm_head")
+    with pytest.raises(ValueError, match=HEAD):
+        apply(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+    peft, later = pytest.importorskip("peft"), apply(build("qwen3", 1, torch.float32))
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(later, peft.LoraConfig(r=2, init_lora_weights=False, target_modules="lm_head"))
+    kwargs = arguments("qwen3", torch.float32)
+    with pytest.raises(ValueError, match=HEAD):
+        wrapped(**kwargs)
+    ids = kwargs["input_ids"]  # without labels the head is called
+    torch.testing.assert_close(wrapped(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    revert(later)
+    torch.testing.assert_close(wrapped(**kwargs).loss, model(**kwargs).loss)
+
+
+NOT_CALLED = {
+    "lm_head": "Qwen3ForCausalLM.lm_head is .*Linear with _forward_hooks, want",
+    "model.layers.0.self_attn.q_norm": "Qwen3Attention.q_norm is .*Qwen3RMSNorm with _forward_hooks",
+    "model.layers.0.self_attn.k_norm": "Qwen3Attention.k_norm is .*Qwen3RMSNorm with _forward_hooks",
+    "model.layers.0.mlp.act_fn": "Qwen3MLP.act_fn is .* with _forward_hooks",
+}
+
+
+@pytest.mark.parametrize("name, message", NOT_CALLED.items(), ids=NOT_CALLED.keys())
+def test_hooks_on_what_is_not_called_are_refused(name: str, message: str) -> None:
+    """Before `apply` and after it; elsewhere they run."""
+    model = build("qwen3", 1, torch.float32)
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=message):
+        apply(model)
+    handle.remove()
+    apply(model)
+    model.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=message):
+        model(**arguments("qwen3", torch.float32))
+
+
+def test_other_modules_where_none_is_called_are_refused() -> None:
+    model = build("qwen3", 1, torch.float32)
+    model.lm_head = torch.nn.Linear(64, 96)
+    with pytest.raises(ValueError, match=HEAD):
+        apply(model)
+    peft, model = pytest.importorskip("peft"), build("qwen3", 1, torch.float32)
+    tuned = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["q_norm"]))
+    with pytest.raises(ValueError, match="Qwen3Attention.q_norm is .*LNTuningLayer, want a norm"):
+        apply(tuned)
+
+
+def test_forwards_that_others_have_set() -> None:
+    """Before the class's forward of a module that is patched: refused. Around a whole model: it runs, and stays."""
+    model, calls = build("qwen3", 1, torch.float32), []
+    model.model.norm.forward = model.model.norm.forward
+    with pytest.raises(ValueError, match="this Qwen3RMSNorm has a forward of its own"):
+        apply(model)
+    del model.model.norm.forward
+    inner = model.forward
+    model.forward = around = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+    apply(model)(**arguments("qwen3", torch.float32))
+    assert calls == [1] and revert(model).forward is around

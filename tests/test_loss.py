@@ -128,8 +128,9 @@ def test_leading_dimensions_and_strides() -> None:
             torch.testing.assert_close(got.flatten(), want.detach().flatten())
 
 
-def test_ignored_tokens_are_not_read() -> None:
-    hidden, lm_head, labels = (t.detach() for t in inputs(CASES["odd"], torch.float32))
+@DTYPES
+def test_ignored_tokens_are_not_read(dtype: torch.dtype) -> None:
+    hidden, lm_head, labels = (t.detach() for t in inputs(CASES["odd"], dtype))
     hidden[labels == -100] = math.nan
     hidden.requires_grad_()
     loss = sail_ops.linear_cross_entropy(hidden, lm_head, labels)
@@ -177,6 +178,39 @@ def test_half_precision_gradients_do_not_underflow() -> None:
         results.append(torch.autograd.grad(function(h, w, labels), (h, w), torch.tensor(65536.0).to(exact[0].dtype)))
     for got, want in zip(*results, strict=True):
         assert (got.double() - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_half_precision_gradients_do_not_overflow(isa: str, reduction: str, weighted: bool) -> None:
+    """Every token has one label: its row of the sum's gradient is beyond fp16, divided by the count it is not."""
+    T = 8192
+    hidden = torch.full((T, 16), 10.0, dtype=torch.float16)
+    lm_head = testing.random(40, 16, dtype=torch.float16, scale=0.02)
+    labels = torch.full((T,), 3)
+    labels[::64] = -100
+    weights = testing.random(T, seed=3).exp() * 1e3 if weighted else None
+    # a sum is divided outside, as transformers' trainer does
+    count = 1 if reduction == "mean" else T if weights is None else weights.sum()
+    results = []
+    for dtype, function in (
+        (torch.float64, reference.linear_cross_entropy),
+        (torch.float16, sail_ops.linear_cross_entropy),
+    ):
+        h, w = (t.to(dtype).requires_grad_() for t in (hidden, lm_head))
+        loss = function(h, w, labels, reduction=reduction, token_weights=weights) / count
+        results.append(torch.autograd.grad(loss, (h, w), torch.tensor(256.0).to(loss.dtype)))
+    for want, got in zip(*results, strict=True):
+        assert (got.double() - want).norm() < 0.01 * want.norm()
+
+
+def test_half_precision_weights_of_nothing_have_no_gradient() -> None:
+    hidden, lm_head, labels = inputs(CASES["odd"], torch.float16)
+    for reduction in ("mean", "sum"):
+        loss = sail_ops.linear_cross_entropy(
+            hidden, lm_head, labels, reduction=reduction, token_weights=torch.zeros(len(labels))
+        )
+        assert not any(g.any() for g in torch.autograd.grad(loss, (hidden, lm_head)))
 
 
 def test_same_bits_every_time_and_for_any_number_of_threads(isa: str) -> None:

@@ -3,6 +3,9 @@
 Qwen3, Qwen3-MoE and Aimv2 modules are known, by the names of their classes. A patch is a `forward` on the module
 itself, in front of its class's, or the model's choice of an implementation: `revert(model)` takes it back, weights and
 checkpoints are never touched.
+
+Projections are called as modules: LoRA or hooks on them work as ever. What a patch computes without calling the module
+must be plain, or what an adapter or a hook adds would be left out: lm_head with labels, q_norm, k_norm and act_fn.
 """
 
 from collections.abc import Callable
@@ -18,12 +21,15 @@ import sail_ops
 
 Undo = Callable[[], Any]
 _APPLIED: WeakKeyDictionary[nn.Module, list[Undo]] = WeakKeyDictionary()
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def apply(model: nn.Module) -> nn.Module:
     """Patch every module that we know, inside `model`; returns it. ValueError where there is none, or it was done.
 
     With labels, the causal language models then compute the loss without logits, and return None for these.
+    ValueError too, here or in the call after a change, where an adapter, a hook or a wrapper is around a module that a
+    patch does not call: lm_head has to be an nn.Linear without bias, q_norm and k_norm norms that we know.
     """
     if model in _APPLIED:
         raise ValueError(f"sail_ops: apply: {type(model).__name__} is patched already; revert(model) first")
@@ -54,8 +60,27 @@ def _take_back(patches: list[Undo]) -> None:
 
 
 def _set_forward(module: Any, forward: Callable[..., Any]) -> list[Undo]:
+    before = module.__dict__.get("forward")
     module.forward = partial(forward, module)
-    return [partial(module.__dict__.pop, "forward")]
+    return [partial(module.__dict__.pop, "forward") if before is None else partial(setattr, module, "forward", before)]
+
+
+def _replace_forward(module: Any, forward: Callable[..., Any]) -> list[Undo]:
+    """The class's forward; one that accelerate, say, has put in front of it would no longer run."""
+    if "forward" in module.__dict__:
+        raise ValueError(f"sail_ops: apply: this {type(module).__name__} has a forward of its own, want its class's")
+    return _set_forward(module, forward)
+
+
+def _plain(owner: Any, name: str, is_plain: Callable[[Any], bool], want: str) -> Any:
+    """The submodule, which a patch computes without calling it."""
+    module = getattr(owner, name)
+    hooks = [kind for kind in HOOKS if getattr(module, kind, None)]
+    if hooks or not is_plain(module):
+        kind = f"{type(module).__module__}.{type(module).__name__}"  # LoRA's linear layer is a Linear too
+        got = kind + (f" with {', '.join(hooks)}" if hooks else "")
+        raise ValueError(f"sail_ops: apply: {type(owner).__name__}.{name} is {got}, want {want}")
+    return module
 
 
 def _norm(module: nn.Module) -> list[Undo]:
@@ -63,18 +88,41 @@ def _norm(module: nn.Module) -> list[Undo]:
         rows = x if x.stride(-1) == 1 else x.contiguous()  # Aimv2's patches come transposed from a convolution
         return sail_ops.rms_norm(rows, self.weight, self.variance_epsilon)
 
-    return _set_forward(module, forward)
+    return _replace_forward(module, forward)
 
 
 def _mlp(module: Any) -> list[Undo]:
     probe = torch.linspace(-4, 4, 9)
     if not torch.allclose(module.act_fn(probe), F.silu(probe)):
         raise ValueError(f"sail_ops: apply: {type(module).__name__} has act_fn {module.act_fn}, want silu")
-    return _set_forward(module, lambda self, x: self.down_proj(sail_ops.swiglu(self.gate_proj(x), self.up_proj(x))))
+    _check_mlp(module)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        _check_mlp(self)
+        return self.down_proj(sail_ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    return _replace_forward(module, forward)
 
 
-def _attention(module: nn.Module) -> list[Undo]:
-    return _set_forward(module, _attention_forward)
+def _check_mlp(mlp: Any) -> None:
+    _plain(mlp, "act_fn", lambda _: True, "none")  # which the probe has shown
+
+
+def _attention(module: Any) -> list[Undo]:
+    _head_norms(module)
+    return _replace_forward(module, _attention_forward)
+
+
+def _head_norms(attention: Any) -> list[Any]:
+    return [
+        _plain(
+            attention,
+            name,
+            lambda norm: PATCHES.get(type(norm).__name__) is _norm,
+            "a norm that we know, without hooks",
+        )
+        for name in ("q_norm", "k_norm")
+    ]
 
 
 def _attention_forward(
@@ -91,8 +139,8 @@ def _attention_forward(
 
     heads = (-1, self.head_dim)
     q, k, v = (p(hidden_states).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-    weights = self.q_norm.weight, self.k_norm.weight
-    q, k = sail_ops.qk_norm_rope(q, k, *weights, *position_embeddings, self.q_norm.variance_epsilon)
+    norms = _head_norms(self)
+    q, k = sail_ops.qk_norm_rope(q, k, *(n.weight for n in norms), *position_embeddings, norms[0].variance_epsilon)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
@@ -105,11 +153,13 @@ def _attention_forward(
 
 def _causal_lm(module: Any) -> list[Undo]:
     """With labels, the head hands its input on to the loss, in which both are one."""
-    whole, head, before = module.forward, module.lm_head, module.__dict__.get("_loss_function")
+    whole, before = module.forward, module.__dict__.get("_loss_function")
+    _head(module)
 
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return whole(*args, **kwargs)
+        head = _head(self)
         undo_head = _set_forward(head, lambda _, hidden: hidden)
         self._loss_function = partial(_loss, head)
         try:
@@ -131,6 +181,15 @@ def _causal_lm(module: Any) -> list[Undo]:
     return _set_forward(module, forward)
 
 
+def _head(model: Any) -> Any:
+    def is_plain(head: Any) -> bool:
+        # a subclass of another forward, as a quantized one, has another weight too
+        unchanged = getattr(type(head), "forward", None) is nn.Linear.forward and "forward" not in head.__dict__
+        return unchanged and head.bias is None
+
+    return _plain(model, "lm_head", is_plain, "torch.nn.Linear without bias, adapter or hooks")
+
+
 def _loss(
     head: Any,
     logits: Tensor,  # the head's input, under the name that transformers gives it
@@ -141,8 +200,6 @@ def _loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    if head.bias is not None:
-        raise ValueError("sail_ops: apply: lm_head has a bias, which linear_cross_entropy has not")
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
