@@ -139,8 +139,8 @@ def _attention_forward(
 
     heads = (-1, self.head_dim)
     q, k, v = (p(hidden_states).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-    norms = _head_norms(self)
-    q, k = sail_ops.qk_norm_rope(q, k, *(n.weight for n in norms), *position_embeddings, norms[0].variance_epsilon)
+    (q_norm, k_norm), (cos, sin) = _head_norms(self), position_embeddings
+    q, k = sail_ops.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, q_norm.variance_epsilon)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
