@@ -114,15 +114,10 @@ def _attention(module: Any) -> list[Undo]:
 
 
 def _head_norms(attention: Any) -> list[Any]:
-    return [
-        _plain(
-            attention,
-            name,
-            lambda norm: PATCHES.get(type(norm).__name__) is _norm,
-            "a norm that we know, without hooks",
-        )
-        for name in ("q_norm", "k_norm")
-    ]
+    def is_plain(norm: Any) -> bool:
+        return PATCHES.get(type(norm).__name__) is _norm
+
+    return [_plain(attention, name, is_plain, "a norm that we know, without hooks") for name in ("q_norm", "k_norm")]
 
 
 def _attention_forward(
@@ -139,8 +134,9 @@ def _attention_forward(
 
     heads = (-1, self.head_dim)
     q, k, v = (p(hidden_states).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-    (q_norm, k_norm), (cos, sin) = _head_norms(self), position_embeddings
-    q, k = sail_ops.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, cos, sin, q_norm.variance_epsilon)
+    q_norm, k_norm = _head_norms(self)
+    weights = q_norm.weight, k_norm.weight
+    q, k = sail_ops.qk_norm_rope(q, k, *weights, *position_embeddings, q_norm.variance_epsilon)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
