@@ -21,7 +21,7 @@ from training.trainer import METRICS
 
 DESCRIPTION = """Train a small SAIL-VL2-MoE on easy-vqa through DeepSpeed (ZeRO-2, optimizer in CPU memory), measure
 exact match on its test split beside baselines, plot the loss, and answer one held-out question with
-generate(). About six minutes on two cores. Everything lands in the run's folder."""
+generate(). About five and a half minutes on two cores. Everything lands in the run's folder."""
 CURVES = "curves.png"
 ANSWER_KINDS = {
     "yes or no": {"yes", "no"},
