@@ -16,6 +16,7 @@ from benchmarks.tables import (
     PEERS,
     TABLES,
     Row,
+    against_best,
     infos,
     memory_table,
     not_measured_table,
@@ -49,16 +50,6 @@ def verdict(results: Row) -> str:
         lines.append([f"{label}{note}", "its fastest of these, ours added in place", against_best(results, peer)])
     shown = [[label, where, *claim(ratios)] for label, where, ratios in lines if ratios]
     return table(["bf16 training against", "dW", "ours is faster by", "3x?"], shown)
-
-
-def against_best(results: Row, peer: str) -> list[float]:
-    """A peer's time over ours with dW in place, whichever way of keeping dW is the peer's fastest."""
-    rows = [i for i in infos(results, "moe", dtype="bf16", mode="train") if peer in i["ms"]]
-    ratios = []
-    for ours in (i for i in rows if i["case"]["gradients"] == "in_place"):
-        same = [i for i in rows if all(i["case"][key] == ours["case"][key] for key in ("routing", "T"))]
-        ratios.append(min(i["ms"][peer] for i in same) / ours["ms"]["sail"])
-    return ratios
 
 
 def claim(ratios: list[float]) -> tuple[str, str]:

@@ -47,6 +47,16 @@ def infos(results: Row, family: str, **wanted: object) -> list[Row]:
     return [i for i in rows if all(i["case"][key] == value for key, value in wanted.items())]
 
 
+def against_best(results: Row, peer: str, **case: object) -> list[float]:
+    """A peer's time over ours with dW in place, whichever way of keeping dW is the peer's fastest; in bf16."""
+    rows = [i for i in infos(results, "moe", dtype="bf16", mode="train", **case) if peer in i["ms"]]
+    ratios = []
+    for ours in (i for i in rows if i["case"]["gradients"] == "in_place"):
+        same = [i for i in rows if all(i["case"][key] == ours["case"][key] for key in ("routing", "T"))]
+        ratios.append(min(i["ms"][peer] for i in same) / ours["ms"]["sail"])
+    return ratios
+
+
 def speed_table(rows: list[Row]) -> str:
     """A line a case: our time and rates, each peer's time over ours, fractions of the limits."""
     shown = present(rows, PEERS)

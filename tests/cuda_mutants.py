@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import emulated_library
+from emulated import replace_once
 
 
 class Mutant(NamedTuple):
@@ -37,10 +38,7 @@ def failures(module: str) -> dict[str, str]:
 def _copy(folder: Path, mutant: Mutant) -> Path:
     for part in ("cuda", "torch"):
         shutil.copytree(emulated_library.ROOT / "csrc" / part, folder / "csrc" / part)
-    changed = folder / "csrc" / "cuda" / mutant.file
-    text = changed.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times"
-    changed.write_text(text.replace(mutant.old, mutant.new))
+    replace_once(folder / "csrc" / "cuda" / mutant.file, mutant.old, mutant.new)
     return folder
 
 

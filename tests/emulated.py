@@ -39,6 +39,13 @@ def compile(source: Path, folder: Path, *defines: str, mutate: Callable[[Path], 
     return Library(out)
 
 
+def replace_once(path: Path, old: str, new: str) -> None:
+    """A mutant's line, which must be there once: else the mutant would be none, or several."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path.name} has {text.count(old)} times: {old}"
+    path.write_text(text.replace(old, new))
+
+
 class Library:
     """Calls exported functions that return const char*: a launch that failed is an EmulationError."""
 

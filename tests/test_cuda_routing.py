@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import EMULATION, Library, compile
+from emulated import EMULATION, Library, compile, replace_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -98,10 +98,7 @@ def test_plan_covers_every_position_once(kernels: Library) -> None:
 @pytest.mark.parametrize(("old", "new"), MUTANTS.values(), ids=MUTANTS.keys())
 def test_a_wrong_sort_is_noticed(tmp_path: Path, old: str, new: str) -> None:
     def mutate(kernels: Path) -> None:
-        path = kernels / "routing_metadata.cuh"
-        text = path.read_text()
-        assert text.count(old) == 1, old
-        path.write_text(text.replace(old, new))
+        replace_once(kernels / "routing_metadata.cuh", old, new)
 
     broken = compile(EMULATION / "expert_rows.cpp", tmp_path, mutate=mutate)
 

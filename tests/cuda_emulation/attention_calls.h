@@ -1,5 +1,6 @@
 // What a test calls of an attention forward, by flat arguments. Included where `run(how, problem)` is defined.
 #pragma once
+#include "allow_calls.h"
 
 namespace {
 // how: fp16, seed; sizes: B, S, L, H, G, D, causal; strides: batch, token, head of q, of k, of v
@@ -16,15 +17,6 @@ void set(Problem& a, const void* q, const void* k, const void* v, const int32_t*
 }  // namespace
 
 extern "C" {
-const char* allow(const void* p, int64_t bytes) {
-  emu::allow(p, static_cast<size_t>(bytes));
-  return nullptr;
-}
-const char* forget_allowed() {
-  emu::forget_allowed();
-  return nullptr;
-}
-
 const char* forward(const int64_t* how, const void* q, const void* k, const void* v, const int32_t* cu_q,
                     const int32_t* cu_k, const int64_t* sizes, const int64_t* strides, double scale, void* out,
                     float* lse) {

@@ -1,5 +1,6 @@
 // What a test calls of a grouped GEMM, by flat arguments. Included where `run(how, problem, epilogue)` is defined.
 #pragma once
+#include "allow_calls.h"
 
 namespace {
 // a: stride; b: expert stride, row stride, split, layout, zero_tail; sizes: R, E, N, K
@@ -18,15 +19,6 @@ RowsProblem rows(const void* a, const int32_t* index, const void* first, const v
 }  // namespace
 
 extern "C" {
-const char* allow(const void* p, int64_t bytes) {
-  emu::allow(p, static_cast<size_t>(bytes));
-  return nullptr;
-}
-const char* forget_allowed() {
-  emu::forget_allowed();
-  return nullptr;
-}
-
 const char* store_rows(const int64_t* how, const void* a, const int32_t* index, const void* first, const void* second,
                        const int32_t* offsets, const int64_t* strides, const int64_t* sizes, void* out,
                        int64_t out_stride, const void* bias, const float* weight) {
