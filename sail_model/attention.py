@@ -32,6 +32,12 @@ class Pack(NamedTuple):
     max_seqlen: int
     keys: Keys | None = None
 
+    def pairs(self) -> int:
+        """(query, key) pairs where the query sees the key: of k keys, the last query sees k, the one before k - 1."""
+        keys = (self.keys or self).cu_seqlens.diff().long()
+        seeing = keys.minimum(self.cu_seqlens.diff())
+        return int((seeing * keys - seeing * (seeing - 1) // 2).sum())
+
 
 def pack_of(cu_seqlens: Tensor) -> Pack:
     """For [samples + 1] int32 or int64."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from training.packing import IGNORE, Branch, Sample, pack, plan_streams, split_to_fit
+from training.packing import IGNORE, Branch, PackedBatch, Sample, pack, plan_streams, split_to_fit
 
 PAD = 99
 
@@ -77,8 +78,16 @@ def test_layout_of_one_stream() -> None:
     assert batch.pictures == ["a", "b", "b"] and batch.owners == [(0, 1), (0, 2), (1, 1)]
 
 
+def attention_mask(batch: PackedBatch) -> Tensor:
+    """allowed[b, q, k] = k <= q, same sample, and k in the prefix or in q's branch; bool [B, L, L]."""
+    sample, branch = batch.sample_BL, batch.branch_BL
+    same_sample = sample[:, :, None] == sample[:, None, :]
+    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return (same_sample & visible).tril()
+
+
 def test_attention_mask_by_hand() -> None:
-    allowed = pack([two_samples()], PAD).attention_mask()[0, 0]
+    allowed = attention_mask(pack([two_samples()], PAD))[0]
     sees = {query: allowed[query].nonzero().flatten().tolist() for query in range(12)}
     assert sees[2] == [0, 1, 2]
     assert sees[4] == [0, 1, 2, 3, 4]  # first branch: the prefix and itself
@@ -89,17 +98,17 @@ def test_attention_mask_by_hand() -> None:
 
 
 def test_padding_attends_to_something_and_nothing_attends_to_it() -> None:
-    allowed = pack([two_samples(), two_samples()[1:]], PAD).attention_mask()[1, 0]
+    allowed = attention_mask(pack([two_samples(), two_samples()[1:]], PAD))[1]
     assert allowed.any(-1).all()  # a row of False gives NaN
     assert not allowed[:4, 4:].any()
     assert not allowed[4:, :4].any()
 
 
-def test_attention_pack_is_the_attention_mask() -> None:
+def test_attention_is_the_attention_mask() -> None:
     no_prefix = Sample("c", (), (branch(14, 15), branch(16, 17)))
     batch = pack([two_samples(), [*two_samples()[1:], no_prefix]], PAD)
     allowed = torch.zeros(24, 2, 12, dtype=torch.bool)
-    attended = batch.attention_pack()
+    attended = batch.attention
     assert attended.keys is not None
     bounds = zip(*(cu.unfold(0, 2, 1).tolist() for cu in (attended.cu_seqlens, attended.keys.cu_seqlens)), strict=True)
     for (first, last), (k_first, k_last) in bounds:
@@ -107,9 +116,10 @@ def test_attention_pack_is_the_attention_mask() -> None:
             seen = slice(k_first, k_last - (last - 1 - query))  # the last query of a sequence sees all of its keys
             allowed[query, attended.keys.rows[seen], attended.keys.columns[seen]] = True
     want = torch.zeros(2, 12, 2, 12, dtype=torch.bool)
-    want[[0, 1], :, [0, 1]] = batch.attention_mask()[:, 0]
+    want[[0, 1], :, [0, 1]] = attention_mask(batch)
     assert torch.equal(allowed, want.flatten(0, 1))
     assert attended.max_seqlen == 4 and attended.keys.max_seqlen == 6
+    assert attended.pairs() == int(allowed.sum())
 
 
 def test_silence_takes_the_labels_of_one_sample_only() -> None:

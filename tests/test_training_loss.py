@@ -1,6 +1,7 @@
 """The objective: branches see what a question alone would see, the loss is the textbook one, the count is exact."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,9 @@ def test_a_packed_question_is_answered_as_if_asked_alone(
     answers = [answer_ids(answer, processor) for record in RECORDS for _, answer in record.questions]
     assert targets_N.tolist() == [token for answer in answers for token in answer]
 
-    batch.branch_BL.zero_()  # the control: without branches, the answers of a picture's other questions leak
-    leaking, *_ = answer_logits(model, batch, pixels(batch.pictures))
+    # the control: without branches, the answers of a picture's other questions leak
+    flat = replace(batch, branch_BL=torch.zeros_like(batch.branch_BL))
+    leaking, *_ = answer_logits(model, flat, pixels(batch.pictures))
     with pytest.raises(AssertionError, match="over budget|worst element"):
         assert_accurate(leaking, exact, base, k=4.0)
 
@@ -170,7 +172,7 @@ def test_flop_count_is_what_torch_counts(model: SailVL2ForConditionalGeneration,
     # plain matrix products for experts and attention: torch counts neither our operators nor the CPU's fused attention
     with exact_ops(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         answer_logits(model, batch, pixels(batch.pictures))
-    attended = batch.attention_pack()
+    attended = batch.attention
     assert attended.keys is not None
     # torch counts every position, padding too, and every (query, key) pair of a sequence, allowed or not
     pairs = int((attended.cu_seqlens.diff() * attended.keys.cu_seqlens.diff()).sum())

@@ -54,7 +54,7 @@ def answer_states(
     hidden_BLD, statistics = model.language_model.model(
         x_BLD,
         batch.position_ids_BL,
-        pack=batch.attention_pack(),
+        pack=batch.attention,
         token_mask_T=batch.token_mask().flatten(),
     )
     targets = batch.labels_BL[:, 1:]

@@ -10,6 +10,7 @@ B streams, L tokens a stream.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Generic, TypeVar
 
@@ -71,15 +72,9 @@ class PackedBatch(Generic[PictureT]):
     pictures: list[PictureT]
     owners: list[tuple[int, int]]
 
-    def attention_mask(self) -> Tensor:
-        """allowed[b, 0, q, k] = k <= q, same sample, and k in the prefix or in q's branch; bool [B, 1, L, L]."""
-        sample, branch = self.sample_BL, self.branch_BL
-        same_sample = sample[:, :, None] == sample[:, None, :]
-        visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-        return (same_sample & visible).tril()[:, None]
-
-    def attention_pack(self) -> Pack:
-        """`attention_mask` as sequences: each prefix, each branch on its prefix and itself, and the padding."""
+    @cached_property
+    def attention(self) -> Pack:
+        """Who sees whom, as sequences: each prefix, each branch on its prefix and itself, and the padding."""
         sequences = []
         for row, tokens in enumerate(zip(self.sample_BL.tolist(), self.branch_BL.tolist(), strict=True)):
             start, prefix = 0, (PADDING, torch.arange(0))

@@ -125,7 +125,7 @@ class Trainer:
             share = self.world * len(micros) / max(1.0, labels)
             self.engine.backward(out.answer_loss_sum * share + self.recipe.balance * _mean(balance_M))
             self.engine.step(lr)
-            pairs = int(batch.attention_mask().sum())
+            pairs = batch.attention.pairs()
             done = (float(out.answer_loss_sum.detach()), tokens, pairs, len(batch.pictures), skipped)
             totals = [total + value for total, value in zip(totals, done, strict=True)]
             counts.append(out.counts_ME)
