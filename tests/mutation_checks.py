@@ -25,15 +25,18 @@ def add_rms_norm(dtype: torch.dtype) -> None:
 
 
 def layer_norm(dtype: torch.dtype) -> None:
-    x = (testing.random(37, 101) + 30).to(dtype).requires_grad_()
+    x = (testing.random(37, 101) + 300).to(dtype).requires_grad_()
     weight, bias = (testing.random(101, dtype=dtype, seed=s).requires_grad_() for s in (2, 3))
     testing.check_op(sail_ops.layer_norm, reference.layer_norm, x, weight, bias)
+    apart, ones = testing.random(5, 20_000), torch.ones(20_000, dtype=dtype)
+    apart[:, :256] += 1000
+    testing.check_op(sail_ops.layer_norm, reference.layer_norm, apart.to(dtype).requires_grad_(), ones, None)
 
 
-def heads(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def heads(dtype: torch.dtype, A: int = 70) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """q and k, cos and sin."""
-    q, k = (testing.random(37, h, 70, dtype=dtype, seed=h).requires_grad_() for h in (3, 2))
-    angles = testing.random(37, 35, seed=5).repeat(1, 2)
+    q, k = (testing.random(37, h, A, dtype=dtype, seed=h).requires_grad_() for h in (3, 2))
+    angles = testing.random(37, A // 2, seed=5).repeat(1, 2)
     return (q, k), (angles.cos(), angles.sin())
 
 
@@ -48,10 +51,11 @@ def rope_positions(dtype: torch.dtype) -> None:
 
 
 def qk_norm_rope(dtype: torch.dtype) -> None:
-    q_k, tables = heads(dtype)
-    weights = (testing.random(70, dtype=dtype, seed=s).requires_grad_() for s in (2, 3))
-    pool = {"args[0]": 3, "args[1]": 2}
-    testing.check_op(sail_ops.qk_norm_rope, reference.qk_norm_rope, *q_k, *weights, *tables, pool=pool)
+    for A in (70, 128):
+        q_k, tables = heads(dtype, A)
+        weights = (testing.random(A, dtype=dtype, seed=s).requires_grad_() for s in (2, 3))
+        pool = {"args[0]": 3, "args[1]": 2}
+        testing.check_op(sail_ops.qk_norm_rope, reference.qk_norm_rope, *q_k, *weights, *tables, pool=pool)
 
 
 def linear_cross_entropy(dtype: torch.dtype, T: int = 37, V: int = 1100, z_loss: float = 0.0) -> None:

@@ -53,9 +53,9 @@ def link(objects: list[Path], out: Path) -> None:
 
 def link_with(replaced: dict[tuple[str, str], Path], out: Path) -> None:
     """The CPU library from the build's objects, those of {(kernel source, isa): object} replaced."""
-    objects = []
+    objects, others = [], (".cu", "empty.cpp", "cmake_pch.hxx.cxx")
     for entry in _commands():
-        if f"{ROOT.name}/csrc/cuda" in entry["file"] or entry["file"].endswith((".cu", "empty.cpp")):
+        if f"{ROOT.name}/csrc/cuda" in entry["file"] or entry["file"].endswith(others):
             continue
         words = shlex.split(entry["command"])
         built = BUILD / words[words.index("-o") + 1]
@@ -73,6 +73,8 @@ def _command(isa: str, source: str) -> list[str]:
         words = shlex.split(entry["command"])
         flags = [w for w in words if w.startswith("-DSAIL_ISA=")]
         if entry["file"].endswith(source) and flags == ([f"-DSAIL_ISA={isa}"] if isa else []):
+            if "-include" in words:  # the precompiled header: a changed copy has headers of its own
+                del words[(i := words.index("-include")) : i + 2]
             return words[: words.index("-o")]
     raise LookupError(f"the build compiles no {source} for {isa}")
 

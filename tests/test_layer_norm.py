@@ -36,6 +36,18 @@ def test_a_mean_far_from_zero(isa: str, dtype: torch.dtype) -> None:
     testing.check_op(sail_ops.add_layer_norm, reference.add_layer_norm, x, residual, weight, bias)
 
 
+@pytest.mark.parametrize("step", [0.3, 3.0, 100.0, 3e4])
+@DTYPES
+def test_first_columns_unlike_the_rest(isa: str, dtype: torch.dtype, step: float) -> None:
+    """Where the mean of a row's first columns, which the CPU's kernel starts from, is a bad guess."""
+    x, residual, weight, bias = (t.detach() for t in inputs((9, 1500), dtype))
+    x[::2, :256] += step
+    x[1::2, 0] = step
+    x.requires_grad_()
+    testing.check_op(sail_ops.layer_norm, reference.layer_norm, x, weight, bias)
+    testing.check_op(sail_ops.add_layer_norm, reference.add_layer_norm, x, residual, weight, bias)
+
+
 @DTYPES
 def test_without_bias_and_with_another_eps(isa: str, dtype: torch.dtype) -> None:
     x, residual, weight, _ = inputs((33, 256), dtype)

@@ -62,6 +62,9 @@ MUTANTS = {
     "rounding of the mean left in": Mutant(
         "layer_norm", "norm.cpp", "norm.cpp", "xv - mean[i] - rest[i]", "xv - mean[i]"
     ),
+    "a wrong guess of the mean kept": Mutant(
+        "layer_norm", "norm.cpp", "norm.cpp", "LAYER && 17 * rest * rest >", "LAYER && 1e9 * rest * rest <"
+    ),
     "no mean of the gradient in dx": Mutant("layer_norm", "norm.cpp", "norm.cpp", "LAYER ? d - mean_wg[i] : d", "d"),
     "lanes past the end count as -mean": Mutant(
         "layer_norm", "norm.cpp", "norm.cpp", "i < s.n; i++) from_float(1", "i < 2 * W; i++) from_float(1"
@@ -76,10 +79,13 @@ MUTANTS = {
         "rope", "rope.cpp", "rope.cpp", "y.low * a.cos.low + y.high", "y.low * a.cos.low - y.high"
     ),
     "heads' weight missing in the dot product": Mutant(
-        "qk_norm_rope", "rope.cpp", "rope.cpp", "fma(n.low * wv.low, v.low", "fma(n.low, v.low"
+        "qk_norm_rope", "rope.cpp", "rope.cpp", "fma(n.low * w.low, v.low", "fma(n.low, v.low"
     ),
     "only the last head in dweight": Mutant(
-        "qk_norm_rope", "rope.cpp", "rope.cpp", "{before.low + terms", "{vf{} + terms"
+        "qk_norm_rope", "rope.cpp", "rope.cpp", "v.low * r, before.low)", "v.low * r, vf{})"
+    ),
+    "second half of a kept head is the first": Mutant(
+        "qk_norm_rope", "rope.cpp", "rope.cpp", "v.columns[i], n.columns[i], c", "v.columns[i], n.columns[0], c"
     ),
     "positions ignored": Mutant(
         "rope_positions", HOST + "rope.cpp", HOST + "rope.cpp", "positions_ ? position(token) : 0", "token"

@@ -79,23 +79,25 @@ class Tables {
 struct Side {
   const Tensor &x, *grad;
   Tensor out;
-  const Tensor* weight;
   Walk walk_x, walk_grad;
   int64_t bytes, heads, A;
+  std::vector<float> weight;
 
   Side(const Check& c, const char* arg, const Tensor& x_, const char* grad_arg, const Tensor* grad_,
        const char* weight_arg, const Tensor* weight_, const Tensor& q)
       : x(x_),
         grad(grad_),
         out(checked_like(c, arg, x_, q)),
-        weight(weight_),
         walk_x(c, arg, x_, 2, q, element_size(c.real(arg, x_))),
         walk_grad(c, arg, grad_ ? *grad_ : x_, 2, q, element_size(c.real(arg, x_))),
         bytes(element_size(c.real(arg, x_))),
         heads(x_.size(-2)),
         A(x_.size(-1)) {
     if (grad) check_head_grad(c, grad_arg, *grad, x);
-    if (weight) check_vector(c, weight_arg, *weight, x, A);
+    if (!weight_) return;
+    check_vector(c, weight_arg, *weight_, x, A);
+    weight.resize(A);
+    rope_kernels().widen[static_cast<int>(c.real(arg, x))](weight_->data(), A, weight.data());
   }
   static Tensor checked_like(const Check& c, const char* arg, const Tensor& x, const Tensor& q) {
     check_heads(c, arg, x, q);
@@ -106,7 +108,7 @@ struct Side {
     h.x = x.ptr<const char>() + walk_x.offset(token, q), h.x_step = x.stride(-2) * bytes;
     if (grad) h.grad = grad->ptr<const char>() + walk_grad.offset(token, q), h.grad_step = grad->stride(-2) * bytes;
     h.y = out.ptr<char>() + token * heads * A * bytes;
-    h.weight = weight ? weight->data() : nullptr, h.dweight = dweight;
+    h.weight = weight.data(), h.dweight = dweight;
     h.heads = heads, h.A = A, h.cos = tables, h.sin = tables + A, h.eps = static_cast<float>(eps);
     return h;
   }

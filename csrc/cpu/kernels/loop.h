@@ -12,6 +12,11 @@ template <class T> static inline vf load(const T* p, Some s) { return load_n(p, 
 template <class T> static inline void store(T* p, vf v, All) { store(p, v); }
 template <class T> static inline void store(T* p, vf v, Some s) { store_n(p, v, s.n); }
 
+// n elements at p into the second-level cache; p may be past the end of anything
+template <class T> static inline void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
 // body(c, lanes) for c = 0, W, 2W, ... < n
 template <class Body> static inline void for_vectors(int64_t n, Body body) {
   int64_t c = 0;

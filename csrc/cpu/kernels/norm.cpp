@@ -1,6 +1,6 @@
-// RMSNorm and LayerNorm, a row at a time: passes for the sums, one for the results; all but the first find the row in
-// the L1 or L2 cache. LayerNorm takes the mean first and the squares of what is left: no cancellation. The mean's own
-// rounding is found in the same pass and taken off.
+// RMSNorm and LayerNorm, a row at a time: a pass for the sums, and one for the results, which finds the row in the L1 or
+// L2 cache and meanwhile asks for the row behind it. LayerNorm sums what a guess of the mean leaves of the row, and its
+// squares: no cancellation.
 // The backward recomputes mean and 1/rms: it reads x anyway, and nothing but x needs to be saved.
 #include "norm.h"
 
@@ -19,10 +19,14 @@ template <class T, bool ADD> struct Input {
     const vf2 v = load2(x + c, lanes);
     return ADD ? rounded<T>(v + load2(residual + c, lanes)) : v;
   }
+  void ask_for(int64_t c) const {
+    prefetch(x + c, 2 * W);
+    if (ADD) prefetch(residual + c, 2 * W);
+  }
 };
 
-template <class Row> vf2 sum_of_row(Row row, int64_t D) {
-  return sum_pairs<vf2>(D, [=](int64_t c, auto lanes, vf2& acc) { acc = acc + row(c, lanes); });
+template <class Row> double mean_of_row(Row row, int64_t D) {
+  return mean_of(sum_pairs<vf2>(D, [=](int64_t c, auto lanes, vf2& acc) { acc = acc + row(c, lanes); }), D);
 }
 
 // 1 in the lanes within the row, 0 past its end
@@ -34,8 +38,24 @@ template <class T> inline vf2 within(Some s) {
 template <class T> inline vf2 centered(vf2 v, float mean, All) { return v - mean; }
 template <class T> inline vf2 centered(vf2 v, float mean, Some s) { return (v - mean) * within<T>(s); }
 
+// pass(guess): sums of x - guess, `rest`, and of its squares, for LayerNorm. The mean of the first columns is the guess;
+// where the sums tell that it is more than a quarter of the deviation off, taking rest^2 off the squares would cost bits,
+// and the row is summed again about the mean they tell. RMSNorm's are those of x.
+constexpr int64_t kGuess = 256;
+template <bool LAYER, class Row, class Pass> auto sums_about(Row row, int64_t D, float* guess, Pass pass) {
+  *guess = LAYER ? static_cast<float>(mean_of_row(row, D < kGuess ? D : kGuess)) : 0.f;
+  auto sums = pass(*guess);
+  const double rest = mean_of(sums.rest, D);
+  if (LAYER && 17 * rest * rest > mean_of(sums.squares, D)) sums = pass(*guess = static_cast<float>(*guess + rest));
+  return sums;
+}
+// The mean in two floats
+inline void settle(double mean, float* high, float* low) {
+  *high = static_cast<float>(mean), *low = static_cast<float>(mean - *high);
+}
+
 struct RowSums {
-  vf2 squares, rest;  // rest: of x - mean, what the rounding of the mean left
+  vf2 squares, rest;
 };
 inline RowSums operator+(RowSums a, RowSums b) { return {a.squares + b.squares, a.rest + b.rest}; }
 
@@ -43,16 +63,19 @@ template <class T, bool LAYER, bool ADD> void norm_row(const NormRow& in) {
   const Input<T, ADD> row = {static_cast<const T*>(in.x), static_cast<const T*>(in.residual)};
   const T *w = static_cast<const T*>(in.weight), *bias = static_cast<const T*>(in.bias);
   T *y = static_cast<T*>(in.y), *total = static_cast<T*>(in.sum);
-  const float mean = LAYER ? static_cast<float>(mean_of(sum_of_row(row, in.D), in.D)) : 0.f;
-  const RowSums sums = sum_pairs<RowSums>(in.D, [=](int64_t c, auto lanes, RowSums& acc) {
-    const vf2 v = LAYER ? centered<T>(row(c, lanes), mean, lanes) : row(c, lanes);
-    acc.squares = fma(v, v, acc.squares);
-    if (LAYER) acc.rest = acc.rest + v;
+  float mean, d;
+  const RowSums sums = sums_about<LAYER>(row, in.D, &mean, [=](float guess) {
+    return sum_pairs<RowSums>(in.D, [=](int64_t c, auto lanes, RowSums& acc) {
+      const vf2 v = LAYER ? centered<T>(row(c, lanes), guess, lanes) : row(c, lanes);
+      acc.squares = fma(v, v, acc.squares);
+      if (LAYER) acc.rest = acc.rest + v;
+    });
   });
   const double rest = mean_of(sums.rest, in.D);
   const float r = static_cast<float>(inverse_sqrt(mean_of(sums.squares, in.D) - rest * rest, in.eps));
-  const float d = static_cast<float>(rest);
+  settle(mean + rest, &mean, &d);
   for_pairs(in.D, [=](int64_t c, auto lanes) {
+    row.ask_for(in.D + c);
     const vf2 v = row(c, lanes), scaled = (LAYER ? v - mean - d : v) * r * load2(w + c, lanes);
     if (ADD) store2(total + c, v, lanes);
     store2(y + c, LAYER && bias ? scaled + load2(bias + c, lanes) : scaled, lanes);
@@ -83,17 +106,18 @@ template <class T, bool LAYER, int N> void backward_rows(const NormBackwardRows&
     grad_sum[i] = static_cast<const T*>(in.grad_sum[first + i]);
     dx[i] = static_cast<T*>(in.dx[first + i]);
     const Input<T, false> row = {xi, nullptr};
-    const float m = mean[i] = LAYER ? static_cast<float>(mean_of(sum_of_row(row, in.D), in.D)) : 0.f;
-    const BackwardSums sums = sum_pairs<BackwardSums>(in.D, [=](int64_t c, auto lanes, BackwardSums& acc) {
-      const vf2 v = LAYER ? centered<T>(row(c, lanes), m, lanes) : row(c, lanes);
-      const vf2 wg = load2(w + c, lanes) * load2(gi + c, lanes);
-      acc.squares = fma(v, v, acc.squares);
-      acc.dot = fma(wg, v, acc.dot);
-      if (LAYER) acc.rest = acc.rest + v, acc.grad = acc.grad + wg;
+    const BackwardSums sums = sums_about<LAYER>(row, in.D, &mean[i], [=](float guess) {
+      return sum_pairs<BackwardSums>(in.D, [=](int64_t c, auto lanes, BackwardSums& acc) {
+        const vf2 v = LAYER ? centered<T>(row(c, lanes), guess, lanes) : row(c, lanes);
+        const vf2 wg = load2(w + c, lanes) * load2(gi + c, lanes);
+        acc.squares = fma(v, v, acc.squares);
+        acc.dot = fma(wg, v, acc.dot);
+        if (LAYER) acc.rest = acc.rest + v, acc.grad = acc.grad + wg;
+      });
     });
     const double left = mean_of(sums.rest, in.D), wg = mean_of(sums.grad, in.D);
     const double inverse = inverse_sqrt(mean_of(sums.squares, in.D) - left * left, in.eps);
-    r[i] = static_cast<float>(inverse), rest[i] = static_cast<float>(left);
+    r[i] = static_cast<float>(inverse), settle(mean[i] + left, &mean[i], &rest[i]);
     dot[i] = static_cast<float>(inverse * inverse * (mean_of(sums.dot, in.D) - left * wg));
     mean_wg[i] = static_cast<float>(wg);
   }
@@ -103,6 +127,7 @@ template <class T, bool LAYER, int N> void backward_rows(const NormBackwardRows&
     const vf2 wv = load2(w + c, lanes);
     vf2 term[N], grads[N];
     for (int i = 0; i < N; i++) {
+      prefetch(x[i] + N * in.D + c, 2 * W), prefetch(g[i] + N * in.D + c, 2 * W);
       const vf2 gv = grads[i] = load2(g[i] + c, lanes), xv = load2(x[i] + c, lanes),
                 v = LAYER ? xv - mean[i] - rest[i] : xv;
       term[i] = gv * (v * r[i]);

@@ -6,13 +6,12 @@ namespace sail::cpu {
 // y_low = x_low cos_low - x_high sin_low, y_high = x_high cos_high + x_low sin_high, of the two halves of A elements;
 // transposed, which is the gradient: x_low = y_low cos_low + y_high sin_high, x_high = y_high cos_high - y_low sin_low.
 struct RopeHeads {
-  const void* x;       // head h at x + h * x_step bytes, [A]
-  const void* grad;    // backward: of y, head h at grad + h * grad_step
-  void* y;             // [heads, A]; backward: dx
-  const void* weight;  // [A], of the norm before; null: none
-  float* dweight;      // [A], added to; null: not needed
+  const void* x;     // head h at x + h * x_step bytes, [A]
+  const void* grad;  // backward: of y, head h at grad + h * grad_step
+  void* y;           // [heads, A]; backward: dx
+  float* dweight;    // [A], added to; null: not needed
   int64_t x_step, grad_step, heads, A;
-  const float *cos, *sin;  // [A]
+  const float *cos, *sin, *weight;  // [A]; weight, of the norm before: null: none
   float eps;
 };
 
