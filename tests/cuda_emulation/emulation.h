@@ -92,8 +92,8 @@ struct Cluster {
 struct Block {
   uint3 index;
   Cluster* cluster = nullptr;
-  bool reached = false;  // by another block since the cluster's last barrier
-  int in_flight = 0;     // tensor copies on their way into it
+  bool reached = false;             // by another block since the cluster's last barrier
+  int in_flight = 0;                // tensor copies on their way into it
   std::unique_ptr<char[]> storage;  // shared memory and room to align it
   char* shared = nullptr;
   size_t shared_bytes = 0;

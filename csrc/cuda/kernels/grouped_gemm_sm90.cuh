@@ -77,8 +77,10 @@ __device__ __forceinline__ void release(Shared& s, int slot, int paired) {
 }
 
 // acc += A B over `steps` steps, of this warp group's 64 rows. copied: some bytes came by cp.async.
-template <class T, bool kAlongM, bool kAlongN> __device__ __forceinline__ void multiply(
-    Shared& s, Ring& ring, int steps, bool copied, float (&acc)[kTileN / 2], int paired = 0) {
+template <class T, bool kAlongM, bool kAlongN> __device__ __forceinline__ void multiply(Shared& s, Ring& ring,
+                                                                                        int steps, bool copied,
+                                                                                        float (&acc)[kTileN / 2],
+                                                                                        int paired = 0) {
   const uint32_t a0 = ptx::shared_address(s.a) + (threadIdx.x / 128 - 1) * Operand<kAlongM>::kRows64Bytes;
   const uint32_t b0 = ptx::shared_address(s.b);
   int previous = 0;

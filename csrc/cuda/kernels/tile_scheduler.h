@@ -82,8 +82,8 @@ class RowTiles {
     const int owner = __ffs(__ballot_sync(~0u, tile < tiles_of(ends_, threadIdx.x % 32 + 1))) - 1;
     const int end = __shfl_sync(~0u, ends_, owner), begin = owner ? __shfl_sync(~0u, ends_, owner - 1) : 0;
     const int64_t index = tile - tiles_of(begin, owner);
-    const PairAt pair = paired_ ? pair_at(index, end - begin, n_tiles_, rank)
-                                : PairAt{tile_at(index, end - begin, n_tiles_), false};
+    const PairAt pair =
+        paired_ ? pair_at(index, end - begin, n_tiles_, rank) : PairAt{tile_at(index, end - begin, n_tiles_), false};
     const TileAt at = pair.at;
     out->shares_b = pair.shares_b;
     out->expert = first_ + owner;
