@@ -14,7 +14,7 @@
 //
 // In a RowsProblem blocks 2 i and 2 i + 1 may be a cluster, a pair: they walk the same steps, of two row tiles that share
 // B. Each brings one half of B to both, so that a block reads 32 KB a step, and a slot is free when the consumers of both
-// have released it. What one row tile is left over for is two columns, without sharing. A pair leaves together.
+// have released it. Of a row tile that is left over they take two columns, without sharing. A pair leaves together.
 #pragma once
 #include "elements.cuh"
 #include "epilogues.cuh"
@@ -59,6 +59,7 @@ __device__ __forceinline__ void start(Shared& s, int copiers, int paired = 0) {
 
 // The slot of a step; producers and consumers walk the same steps.
 struct Ring {
+  int paired = 0;  // 1: the slots are filled by two blocks
   int slot = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void advance() {
@@ -68,19 +69,14 @@ struct Ring {
 
 // This warp no longer reads the slot: says so to every block that writes into it, lane i to block i of a pair.
 __device__ __forceinline__ void release(Shared& s, int slot, int paired) {
-  const int lane = threadIdx.x % 32;
-  if (lane > paired) return;
-  if (paired)
-    ptx::mbarrier_arrive_at(&s.empty[slot], lane);
-  else
-    ptx::mbarrier_arrive(&s.empty[slot]);
+  const uint32_t lane = threadIdx.x % 32;
+  if (!paired && lane == 0) ptx::mbarrier_arrive(&s.empty[slot]);
+  if (paired && lane < 2) ptx::mbarrier_arrive_at(&s.empty[slot], lane);
 }
 
 // acc += A B over `steps` steps, of this warp group's 64 rows. copied: some bytes came by cp.async.
-template <class T, bool kAlongM, bool kAlongN> __device__ __forceinline__ void multiply(Shared& s, Ring& ring,
-                                                                                        int steps, bool copied,
-                                                                                        float (&acc)[kTileN / 2],
-                                                                                        int paired = 0) {
+template <class T, bool kAlongM, bool kAlongN>
+__device__ __forceinline__ void multiply(Shared& s, Ring& ring, int steps, bool copied, float (&acc)[kTileN / 2]) {
   const uint32_t a0 = ptx::shared_address(s.a) + (threadIdx.x / 128 - 1) * Operand<kAlongM>::kRows64Bytes;
   const uint32_t b0 = ptx::shared_address(s.b);
   int previous = 0;
@@ -97,13 +93,13 @@ template <class T, bool kAlongM, bool kAlongN> __device__ __forceinline__ void m
                                                     b + k * (Operand<kAlongN>::kStepBytes >> 4));
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
-    if (i) release(s, previous, paired);
+    if (i) release(s, previous, ring.paired);
     previous = ring.slot;
     ring.advance();
   }
   ptx::wgmma_wait<0>();
   ptx::hold(acc);
-  if (steps) release(s, previous, paired);
+  if (steps) release(s, previous, ring.paired);
 }
 
 // Four eights of a row, of which lane q of its four takes the q-th.
@@ -148,9 +144,9 @@ __device__ __forceinline__ void store(const Epilogue& epilogue, const float (&ac
 }
 
 // Releases a slot that only announced a tile.
-__device__ __forceinline__ void skip(Shared& s, Ring& ring, int paired) {
+__device__ __forceinline__ void skip(Shared& s, Ring& ring) {
   __syncwarp();  // all lanes have read it
-  release(s, ring.slot, paired);
+  release(s, ring.slot, ring.paired);
   ring.advance();
 }
 
@@ -274,15 +270,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::take_registers<kConsumerRegisters>();
     const Epilogue epilogue(p, args.out);
     const int steps = Steps::of(p).total;
-    Ring ring;
+    Ring ring{args.paired};
     for (;;) {
       ptx::mbarrier_wait(&s.full[ring.slot], ring.parity);
       const RowTile t = s.tile[ring.slot];
       if (t.expert < 0) break;
       float acc[kTileN / 2];
       clear(acc);
-      multiply<T, false, kLayout == Layout::kn>(s, ring, t.expert < p.E ? steps : 0, gathers, acc, args.paired);
-      if (t.expert == p.E) skip(s, ring, args.paired);
+      multiply<T, false, kLayout == Layout::kn>(s, ring, t.expert < p.E ? steps : 0, gathers, acc);
+      if (t.expert == p.E) skip(s, ring);
       store(epilogue, acc, t.expert, t.row, t.row_end, t.n * kColumns);
     }
   }
