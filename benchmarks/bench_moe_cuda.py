@@ -4,6 +4,7 @@ Times are the device's (CUDA events), medians of interleaved rounds with a cold 
 step beside each. Run one with `-k "full and T8192 and train and uniform"`.
 """
 
+import os
 from statistics import median
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks import events, harness
 from benchmarks.cases import MoeCase, cuda_cases
 from benchmarks.layer import Layer
 from benchmarks.limits import Limits
+from sail_ops import _library
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 BUDGET = 1.0  # seconds of rounds a row
@@ -27,13 +29,28 @@ def peers_of(case: MoeCase) -> list[str]:
         peers.append("stock_eager")
     if case.mode == "train":
         peers.append("sail_recompute")
+    if case.T * case.sizes.K >= 2 * 128 * case.sizes.E:  # choose_pairs, csrc/cuda/kernels/gemm_config.h
+        peers.append("sail_cluster")
     return peers
+
+
+class CardLayer(Layer):
+    """A layer whose row `sail_cluster` is ours under SAIL_OPS_CUDA_KERNELS=cluster."""
+
+    def prepare(self, name: str) -> None:
+        """`Layer.prepare`, and the kernels that the step will use."""
+        if name == "sail_cluster" and events.DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+            raise RuntimeError("clusters are for compute capability 9.0")
+        if name == "sail_cluster" or _library.HAS_CUDA:
+            asked = os.environ.get("SAIL_OPS_CUDA_KERNELS", "")
+            _library.set_cuda_kernels("cluster" if name == "sail_cluster" else asked)
+        super().prepare(name)
 
 
 @pytest.mark.parametrize("case", cuda_cases(), ids=lambda case: case.id)
 def test_fused_experts(benchmark: BenchmarkFixture, case: MoeCase, cuda_limits: Limits) -> None:
     """Forward, or forward and backward for x, both weights and the routing weights."""
-    steps = Layer(case)
+    steps = CardLayer(case)
     samples, facts = events.measure(benchmark, steps, peers_of(case), budget=BUDGET)
     harness.record(
         benchmark,

@@ -12,10 +12,11 @@ import sail_ops
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], ids [T, K], weights [T, K] -> y [T, D]
 
-OURS = ("sail", "sail_recompute", "sail_fp32_grads", "sail_overwrite")
+OURS = ("sail", "sail_recompute", "sail_fp32_grads", "sail_overwrite", "sail_cluster")
 
 # sail, sail_recompute, sail_fp32_grads  fused_experts: as it comes, with recompute, with main_grads in fp32
 # sail_overwrite                         with main_grads overwritten, as in a step's first micro-batch
+# sail_cluster                           with blocks in clusters, on Hopper; set by whoever times it (bench_moe_cuda.py)
 # grouped_mm                             transformers' default implementation
 # grouped_mm_compiled                    the same through torch.compile
 # liger                                  liger-kernel's fused expert layer, in Triton

@@ -27,6 +27,7 @@ VARIANTS = {
     "sail_overwrite": "accumulate=False",
     "sail_recompute": "recompute=True",
     "sail_fp32_grads": "main_grads in fp32",
+    "sail_cluster": "clusters",
 }
 
 

@@ -53,6 +53,15 @@ def has_cutlass() -> bool:
     return bool(library.sail_cuda_has_cutlass())
 
 
+def set_cuda_kernels(name: str) -> None:
+    """For benchmarks: takes SAIL_OPS_CUDA_KERNELS' place from now on, in the whole process; "" is the default."""
+    if not HAS_CUDA:
+        raise RuntimeError("sail_ops: the CUDA library is not built, or this torch is not for CUDA")
+    library = ctypes.CDLL(str(CUDA_LIBRARY))
+    library.sail_cuda_set_kernels.restype = ctypes.c_char_p
+    _text(library.sail_cuda_set_kernels(name.encode()))
+
+
 def cpu_isa() -> str:
     """The instruction set the CPU kernels use: generic, avx2, avx512 or avx512_bf16."""
     return _text(_cpu.sail_cpu_isa())

@@ -19,14 +19,16 @@ LAYOUTS = ("nk", "kn")
 
 
 class How(NamedTuple):
-    """How a problem is launched: tile shape (0 small, 1 medium, 2 large), order of threads, number of blocks."""
+    """How a problem is launched: tile shape (0 small, 1 medium, 2 large), order of threads, number of blocks; on sm_90a
+    in clusters of two."""
 
     tiles: int = 2
     seed: int = 0
     blocks: int = 3
+    paired: bool = False
 
     def words(self, dtype: torch.dtype) -> list[int]:
-        return [DTYPES.index(dtype), self.tiles, self.seed, self.blocks]
+        return [DTYPES.index(dtype), self.tiles, self.seed, self.blocks, int(self.paired)]
 
 
 class Problem(NamedTuple):

@@ -31,7 +31,7 @@ from benchmarks.conftest import installed
 from benchmarks.harness import Steps
 from benchmarks.limits import Limits
 from sail_model.attention import Pack
-from sail_ops import reference
+from sail_ops import _library, reference
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the benchmarks' own arithmetic")
 LIMITS = Limits({"bf16": 400.0}, 30.0, 20.0, 25.0)
@@ -171,7 +171,8 @@ def test_a_run_and_its_tables(
     """Every family's rows through its own test, and the report of them all."""
     monkeypatch.setattr(loss, "SHAPE", bench_loss.SHAPES["tiny"])
     case = MoeCase("bf16", "uniform", 64, "train", "fresh", "tiny")
-    monkeypatch.setattr(moe, "peers_of", lambda case: ["grouped_mm", "liger", "sail_recompute"])
+    monkeypatch.setattr(moe, "peers_of", lambda case: ["grouped_mm", "liger", "sail_recompute", "sail_cluster"])
+    monkeypatch.setattr(_library, "HAS_CUDA", False)
     rows = [row(moe.test_fused_experts, case)]
     rows += [row(attention.test_attention, name) for name in ("S1024-train", "ragged-train", "decode8")]
     rows += [row(norm.test_norm, op, bench_norm.SHAPES["tiny"], limits=()) for op in bench_norm.OPS]
@@ -201,8 +202,24 @@ def test_a_run_and_its_tables(
     text = capsys.readouterr().out
     for said in ("A card, CUDA 13.0, 8 threads of CPU;", "x flash-attn", "x by sequence", "T=16 whole", "T=20 peak"):
         assert said in text
+    assert rows[0]["not_measured"]["sail_cluster"].startswith("RuntimeError: sail_ops: the CUDA library is not built")
     why = [line for line in text.splitlines() if "| liger " in line]
     assert {line.split("|")[1].strip() for line in why} == {"moe", "norm", "loss", "step"}
+
+
+def test_clusters_are_a_row_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an expert has two row tiles on average, and by a switch that every other row puts back."""
+    cases = [MoeCase("bf16", "uniform", T, "train", "fresh", "full", "cuda") for T in (1024, 4096, 32768)]
+    assert ["sail_cluster" in moe.peers_of(case) for case in cases] == [False, True, True]
+    switched: list[str] = []
+    monkeypatch.setattr(_library, "HAS_CUDA", True)
+    monkeypatch.setattr(_library, "set_cuda_kernels", switched.append)
+    steps = moe.CardLayer(MoeCase("bf16", "uniform", 64, "train", "fresh", "tiny"))
+    compare(steps, lambda: [steps.x_TD.grad, *(w.grad for w in steps.weights)], ["sail", "sail_cluster", "sail"])
+    assert switched == ["", "cluster", ""]
+    monkeypatch.setattr(events, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "clusters are for compute capability 9.0" in events.failure(steps, "sail_cluster")
 
 
 def test_a_peer_that_cannot_run_is_a_row_that_is_not_measured() -> None:

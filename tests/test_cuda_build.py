@@ -63,6 +63,20 @@ def test_products_are_the_tensor_cores(arch: str) -> None:
 
 
 @needs_library
+def test_pairs_of_blocks_share_by_multicast() -> None:
+    """Every RowsProblem's kernel can; memory is fenced for the whole card at the cluster's two barriers alone, not at
+    every arrival, and the other kernels know nothing of clusters."""
+    for name, text in kernels("sm_90a").items():
+        if not re.search(r"sail4cuda4sm90\w+(rows|wgrad|attention_forward)_kernel", name):
+            continue
+        found = {what: len(re.findall(what, text)) for what in (r"UTMALDG\.3D\.MULTICAST", "UCGABAR_WAIT")}
+        if "rows_kernel" in name:
+            assert all(found.values()) and text.count("MEMBAR.ALL.GPU") <= found["UCGABAR_WAIT"] == 2, name
+        else:
+            assert not any(found.values()), name
+
+
+@needs_library
 def test_softmax_runs_beside_a_product() -> None:
     """Between the wait for scores (one product may still run) and the wait for that product: ptxas may move either."""
     found = {n: t for n, t in kernels("sm_90a").items() if "sail4cuda4sm90" in n and "attention_forward_kernel" in n}

@@ -14,6 +14,14 @@ from sail_ops.testing import ExpertsCase
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 CASE = ExpertsCase(199, 256, 192, 16, 4)
+# Two row tiles of 128 an expert and more, even and odd numbers of them and of column tiles: what goes in clusters too
+SEVERAL_TILES = [
+    ExpertsCase(1024, 512, 384, 8, 2),
+    ExpertsCase(700, 264, 136, 2, 1),
+    ExpertsCase(300, 64, 520, 1, 1),
+    ExpertsCase(1100, 128, 72, 4, 1, "hot"),
+]
+several_tiles = pytest.mark.parametrize("case", SEVERAL_TILES, ids=lambda case: f"T{case.T}")
 NEEDS = 15  # x, both weights, routing weights
 ops = torch.ops.sail_ops
 
@@ -147,7 +155,7 @@ def test_memory_is_within_the_formulas(recompute: bool) -> None:
 @pytest.mark.parametrize("rows", [(700, 0, 129, 1, 300), (0, 0, 0, 0, 0)], ids=["groups", "all_tail"])
 def test_grouped_mm_of_several_tiles(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
     """Weights along k and whole vectors: what CUTLASS takes too, under SAIL_OPS_CUDA_KERNELS=cutlass."""
-    x = testing.random(1200, 264, dtype=dtype).cuda().requires_grad_()
+    x = testing.random(1400, 264, dtype=dtype).cuda().requires_grad_()
     w = testing.random(5, 520, 264, dtype=dtype, scale=264**-0.5, seed=1).cuda().transpose(1, 2).requires_grad_()
     ends = offsets(*rows).cuda()
     testing.check_op(sail_ops.grouped_mm, reference.grouped_mm, x, w, ends, pool={"args[1]": 256})
@@ -155,9 +163,8 @@ def test_grouped_mm_of_several_tiles(dtype: torch.dtype, rows: tuple[int, ...]) 
 
 
 def test_grouped_mm_runs_the_kernels_asked_for() -> None:
-    wanted = os.environ.get("SAIL_OPS_CUDA_KERNELS") or (
-        "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"
-    )
+    asked = os.environ.get("SAIL_OPS_CUDA_KERNELS", "").replace("cluster", "")  # the same kernels, launched otherwise
+    wanted = asked or ("sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80")
     x, w = testing.random(64, 64, dtype=torch.bfloat16).cuda(), testing.random(2, 64, 64, dtype=torch.bfloat16).cuda()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         sail_ops.grouped_mm(x, w.transpose(1, 2), offsets(30, 34).cuda())
@@ -169,10 +176,24 @@ def test_grouped_mm_runs_the_kernels_asked_for() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_both_grouped_gemms_are_accurate(dtype: torch.dtype) -> None:
+@several_tiles
+def test_both_grouped_gemms_are_accurate(case: ExpertsCase, dtype: torch.dtype) -> None:
     """Sizes that fill several tiles of either kernel, judged against fp64 on the card."""
-    case = ExpertsCase(1024, 512, 384, 8, 2)
     args = [t.cuda().requires_grad_(t.is_floating_point()) for t in detached(*layer(case, dtype))]
     op: Callable[..., Tensor] = sail_ops.fused_experts
     testing.check_op(op, reference.fused_experts, *args, pool={"args[1]": 256, "args[2]": 256})
     testing.check_repeatable(op, *args)
+
+
+@several_tiles
+def test_a_graph_of_experts(case: ExpertsCase) -> None:
+    """Captured launches, in clusters where they were asked for, give the bits of direct ones."""
+    args = on_card(case)
+    want = sail_ops.fused_experts(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = sail_ops.fused_experts(*args)
+    for _ in range(2):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)

@@ -120,23 +120,70 @@ COUNTS = [*itertools.product((0, 1, 2, 3, 5), repeat=3), (0,) * 40, (1,) * 33, (
 def test_row_tiles(library: emulated.Library, tile_rows: int, n_tiles: int, tail: int | None) -> None:
     """Every (expert, rows, columns) once, on any number of blocks, and within the bound that sizes the grid."""
     for counts, blocks in itertools.product(COUNTS, (1, 3)):
-        offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
-        rows = sum(counts)
-        R, E, all_counts = rows + (tail or 0), len(counts), [*counts, *([tail] if tail is not None else [])]
-        starts = [0, *itertools.accumulate(all_counts)]
-        expected = {
-            (e, row, starts[e + 1], n)
-            for e, count in enumerate(all_counts)
-            for row in range(starts[e], starts[e] + count, tile_rows)
-            for n in range(n_tiles)
-        }
-        most = library.number("most_row_tiles", R, E, tile_rows, n_tiles)
-        found, count = torch.zeros(most + 1, 5, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        arguments = blocks, tile_rows, n_tiles, offsets, R, E, int(tail is not None), most + 1, found, count
-        library("row_tiles", *arguments)
-        entries = found[: int(count)].tolist()
+        tiles = Tiles(counts, tail, tile_rows, n_tiles)
+        entries = tiles.handed_out(library, blocks)
+        expected = tiles.expected()
         assert sorted(i for i, *_ in entries) == list(range(len(expected))), counts
-        assert {tuple(entry) for _, *entry in entries} == expected, counts
+        assert {tuple(entry) for _, *entry, _ in entries} == expected, counts
+        assert not any(shares for *_, shares in entries)
+
+
+@pytest.mark.parametrize(("tile_rows", "n_tiles"), [(1, 1), (2, 3), (2, 1), (1, 2)])
+@pytest.mark.parametrize("tail", [None, 3], ids=["no_tail", "tail"])
+def test_row_tiles_of_pairs(library: emulated.Library, tile_rows: int, n_tiles: int, tail: int | None) -> None:
+    """Every tile once, in any number of pairs; both blocks of a pair get neighboring rows of one column, or columns of
+    an expert's last row; one of them nothing only past an odd last column."""
+    for counts, pairs in itertools.product(COUNTS, (1, 3)):
+        tiles = Tiles(counts, tail, tile_rows, n_tiles)
+        entries = tiles.handed_out(library, 2 * pairs, paired=1)
+        work = [tuple(entry) for _, *entry, _ in entries]
+        real = [entry for entry in work if entry[3] < n_tiles]
+        assert len(set(real)) == len(real) and set(real) == tiles.expected(), counts
+        by_number: dict[int, list[list[int]]] = {}
+        for i, *entry in entries:
+            by_number.setdefault(i, []).append(entry)
+        assert sorted(by_number) == list(range(len(by_number))), counts
+        for (e, row, end, n, shares), other in map(sorted, by_number.values()):
+            assert other == ([e, row + tile_rows, end, n, 1] if shares else [e, row, end, n + 1, 0]), counts
+            assert n < n_tiles and row < end and (not shares or row + tile_rows < end), counts
+        columns_left_over = len(real) < len(work)
+        odd = any(-(-count // tile_rows) % 2 for count in tiles.counts)
+        assert columns_left_over == (odd and n_tiles % 2 == 1), counts
+
+
+class Tiles(NamedTuple):
+    """Rows of each expert, and of the tail if there is one, in tiles."""
+
+    experts: tuple[int, ...]
+    tail: int | None
+    tile_rows: int
+    n_tiles: int
+
+    @property
+    def counts(self) -> list[int]:
+        return [*self.experts, *([self.tail] if self.tail is not None else [])]
+
+    def expected(self) -> set[tuple[int, ...]]:
+        """(expert, first row, end of the expert's rows, column) of every tile."""
+        starts = [0, *itertools.accumulate(self.counts)]
+        return {
+            (e, row, starts[e + 1], n)
+            for e, count in enumerate(self.counts)
+            for row in range(starts[e], starts[e] + count, self.tile_rows)
+            for n in range(self.n_tiles)
+        }
+
+    def handed_out(self, library: emulated.Library, blocks: int, paired: int = 0) -> list[list[int]]:
+        """(number, expert, first row, end, column, whether B is shared) as blocks take them, within the bound that
+        sizes the grid; a pair's odd last columns are a tile more for each expert."""
+        offsets = torch.tensor([0, *itertools.accumulate(self.experts)], dtype=torch.int32)
+        R, E = sum(self.counts), len(self.experts)
+        most = library.number("most_row_tiles", R, E, self.tile_rows, self.n_tiles) + paired * (E + 1)
+        found, count = torch.zeros(most + 1, 6, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        sizes = offsets, R, E, int(self.tail is not None)
+        library("row_tiles", blocks, paired, self.tile_rows, self.n_tiles, *sizes, most + 1, found, count)
+        assert int(count) <= most
+        return found[: int(count)].tolist()
 
 
 def test_wgrad_tiles(library: emulated.Library) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import emulated
 import pytest
 import torch
 from grouped_gemm import DTYPES, How, Problem, gated_backward, gated_forward, store_rows, wgrad
+from test_cuda_device import SEVERAL_TILES
 
 SOURCE = emulated.EMULATION / "grouped_gemm_sm90.cpp"
 
@@ -23,6 +24,16 @@ PROBLEMS = {
     "pitch": Problem((33, 9), 72, 48, pitch=8),
     "no_rows": Problem((0, 0), 64, 64, tail=5),
     "many_experts": Problem(tuple(i % 3 for i in range(70)), 40, 24),
+}
+# Of pairs: 3, 0, 2 and 1 row tiles, whose slots are used again while both blocks read one half of B from each other.
+PAIRED = {
+    name: PROBLEMS[name] for name in ("one_tile", "tails", "hot", "gathered", "tail_rows", "long_tail", "no_rows")
+}
+PAIRED |= {
+    "shared": Problem((257, 0, 129, 1), 264, 328),
+    "shared_gathered": Problem((300, 0, 20, 140), 72, 328, gather=True),
+    "one_row": Problem((0, 1, 0), 520, 72),
+    "many_experts": Problem(tuple(140 * (i > 31) + (i == 3) for i in range(35)), 40, 24),
 }
 
 Run = Callable[..., torch.Tensor]  # a function of tests/grouped_gemm.py
@@ -95,6 +106,33 @@ def test_repeatable(library: emulated.Library, run: Run, name: str) -> None:
         assert torch.equal(run(library, PROBLEMS[name], torch.bfloat16, How(seed=seed, blocks=seed)), first)
 
 
+# ---- clusters of two blocks
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("run", [store_rows, gated_forward, gated_backward])
+def test_pairs(library: emulated.Library, run: Run, name: str) -> None:
+    """Accurate, and bitwise what single blocks give, in any order of threads and on any number of pairs."""
+    dtype = DTYPES[len(name) % 2]
+    layouts: list[dict[str, Any]] = [{"layout": layout} for layout in ("nk", "kn")] if run is store_rows else [{}]
+    for options in layouts:
+        single = run(library, PAIRED[name], dtype, How(seed=1), **options)
+        for seed, blocks in ((0, 1), (1, 4)):
+            paired = run(library, PAIRED[name], dtype, How(seed=seed, blocks=blocks, paired=True), **options)
+            assert torch.equal(paired, single)
+
+
+def test_pairs_of_two_parts(library: emulated.Library) -> None:
+    """B in two parts along K, as dX has gate and up."""
+    how = How(seed=1, paired=True)
+    store_rows(library, PAIRED["shared"], torch.bfloat16, how, "kn", bias=True, weight=True, two_parts=True)
+
+
+def test_pairs_are_chosen_from_two_row_tiles_an_expert(library: emulated.Library) -> None:
+    chosen = {(R, E): library.number("choose_pairs", R, E) for R in (0, 255, 256, 32767, 32768) for E in (1, 128)}
+    assert {at for at, wanted in chosen.items() if wanted} == {(256, 1), (32767, 1), (32768, 1), (32768, 128)}
+    for case in SEVERAL_TILES:  # what a card runs in clusters
+        assert library.number("choose_pairs", case.T * case.K, case.E)
+
+
 @pytest.mark.parametrize("run", [store_rows, gated_forward, gated_backward, wgrad])
 def test_far_experts(library: emulated.Library, run: Run) -> None:
     """Weights of more elements than 32 bits count."""
@@ -125,13 +163,15 @@ class Mutant(NamedTuple):
     run: Run
     problem: str
     layout: str | None = None  # store_rows
+    paired: bool = False
 
     def fails(self, library: emulated.Library, seeds: int) -> bool:
         """Whether one of a few orders of threads shows it."""
         options = {"layout": self.layout} if self.layout else {}
         for seed in range(seeds):
             try:
-                self.run(library, PROBLEMS[self.problem], torch.bfloat16, How(seed=seed, blocks=1), **options)
+                how = How(seed=seed, blocks=1, paired=self.paired)
+                self.run(library, (PROBLEMS | PAIRED)[self.problem], torch.bfloat16, how, **options)
             except AssertionError:
                 return True
         return False
@@ -167,17 +207,37 @@ MUTANTS = {
     "later_rounds": Mutant(KERNEL, "round < 8 ? rows[0] : rows[1]", "rows[0]", store_rows, "gathered"),
     "next_experts_rows": Mutant(KERNEL, "!from.index && r + kTileK <= row_end", "!from.index", wgrad, "tails"),
     "rows_past_the_end": Mutant(KERNEL, "(from.row(at)) : -1", "(from.row(at)) : 0", wgrad, "tails"),
-    "gates_twice": Mutant(KERNEL, "&args.b[kGated]", "&args.b[0]", gated_forward, "one_tile"),
+    "gates_twice": Mutant(KERNEL, "kGated * i", "0", gated_forward, "one_tile"),
     "depth_of_rows": Mutant(
         OPERAND, "elements <= 0 ? 0 : elements < 8 ?", "elements < 8 && elements > 0 ?", store_rows, "gathered"
     ),
+    "remote_without_cluster": Mutant(KERNEL, "if (!t.shares_b)", "if (false)", store_rows, "one_tile"),
 }
+SCHEDULER, REMOTE = "tile_scheduler.h", "ptx::mbarrier_arrive_at(&s.empty[slot], lane)"
+START, END = (
+    "if (paired)\n    ptx::cluster_sync();\n  else\n    __syncthreads();",
+    "if (args.paired) ptx::cluster_sync();",
+)
+PAIR_MUTANTS = {
+    "own_slot_alone": (KERNEL, REMOTE, "ptx::mbarrier_arrive(&s.empty[slot])", "shared"),
+    "one_block_releases": (KERNEL, "kConsumerWarps << paired", "kConsumerWarps", "shared"),
+    "half_the_bytes": (KERNEL, "gathers ? sizeof(s.b[0])", "gathers ? sizeof(s.b[0]) / 2", "shared_gathered"),
+    "first_half_twice": (KERNEL, "(blockIdx.x & 1))\n", "0)\n", "shared"),
+    "to_itself_alone": (KERNEL, "tma_load_to(3,", "tma_load_to(1 << (blockIdx.x & 1),", "shared"),
+    "outside_the_cluster": (KERNEL, "tma_load_to(3,", "tma_load_to(7,", "shared"),
+    "no_barrier_at_the_start": (KERNEL, START, "__syncthreads();", "shared"),
+    "no_barrier_at_the_end": (KERNEL, "if (args.paired) ptx::cluster_sync();", "", "shared"),
+    "columns_share": (SCHEDULER, "* 2 + rank}, false}", "* 2 + rank}, true}", "one_row"),
+    "both_the_same_rows": (SCHEDULER, "two.m * 2 + rank", "two.m * 2", "shared"),
+    "odd_column_dropped": (SCHEDULER, "(n_tiles + 1) / 2", "n_tiles / 2", "one_row"),
+}
+MUTANTS |= {name: Mutant(*m[:3], store_rows, m[3], paired=True) for name, m in PAIR_MUTANTS.items()}
 
 
 def test_few_kernels_pass(tmp_path: Path) -> None:
     """Unchanged, no check fails: a mutant fails for its change alone."""
     library = emulated.compile(SOURCE, tmp_path, "SAIL_FEW_KERNELS", mutate=lambda _: None)
-    for mutant in {(m.run, m.problem, m.layout): m for m in MUTANTS.values()}.values():
+    for mutant in {(m.run, m.problem, m.layout, m.paired): m for m in MUTANTS.values()}.values():
         assert not mutant.fails(library, seeds=2)
 
 

@@ -1,6 +1,7 @@
 """The CUDA library's own behaviour, on the emulator: the whole layer against fp64 with poisoned workspaces, cards,
 values out of range. `SAIL_TEST_DEVICE=emulated pytest tests/test_moe.py ...` runs the CPU's tests on it."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -154,4 +155,15 @@ def test_values_are_checked_on_demand() -> None:
 @pytest.mark.parametrize("name", ["sm90", "cutlass"])
 def test_unknown_kernels_are_refused(name: str) -> None:
     said = probe(LAYER, SAIL_OPS_CUDA_KERNELS=name)
-    assert said.startswith(f"ValueError sail_ops: SAIL_OPS_CUDA_KERNELS: got '{name}', expected sm80; cutlass needs a")
+    assert said.startswith(f"ValueError sail_ops: SAIL_OPS_CUDA_KERNELS: got '{name}', expected sm80 or cluster; ")
+
+
+def test_kernels_are_switched_in_a_process() -> None:
+    """What the benchmarks of a card do to time a row by clusters beside the others."""
+    library = ctypes.CDLL(str(build()))
+    library.sail_cuda_set_kernels.restype = ctypes.c_char_p
+    answers = [library.sail_cuda_set_kernels(name) for name in (b"cluster", b"clusters", b"")]
+    assert answers[0] == answers[2] == b"" and answers[1].startswith(
+        b"error: sail_ops: SAIL_OPS_CUDA_KERNELS: got 'clu"
+    )
+    assert probe(LAYER, SAIL_OPS_CUDA_KERNELS="cluster") == ""  # known, and nothing to an A100

@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#include <atomic>
+
 #include "cutlass/grouped_mm.h"
 #include "launch.h"
 
@@ -22,18 +24,21 @@ std::string arch_list() {
   return text;
 }
 
-// SAIL_OPS_CUDA_KERNELS
-enum class Kernels { best, sm80, cutlass };
-Kernels kernels_wanted() {
-  static const Kernels wanted = [] {
+// The values of SAIL_OPS_CUDA_KERNELS
+enum class Kernels { best, sm80, cluster, cutlass };
+Kernels kernels_named(const std::string& name) {
+  if (name.empty()) return Kernels::best;
+  if (name == "sm80") return Kernels::sm80;
+  if (name == "cluster") return Kernels::cluster;
+  if (name == "cutlass" && cutlass_gemm) return Kernels::cutlass;
+  throw std::invalid_argument(
+      "sail_ops: SAIL_OPS_CUDA_KERNELS: got '" + name + "', expected sm80" +
+      (cutlass_gemm ? ", cluster or cutlass" : " or cluster; cutlass needs a library built with SAIL_OPS_CUTLASS=ON"));
+}
+std::atomic<Kernels>& kernels_wanted() {
+  static std::atomic<Kernels> wanted = [] {
     const char* text = getenv("SAIL_OPS_CUDA_KERNELS");
-    const std::string name = text ? text : "";
-    if (name.empty()) return Kernels::best;
-    if (name == "sm80") return Kernels::sm80;
-    if (name == "cutlass" && cutlass_gemm) return Kernels::cutlass;
-    throw std::invalid_argument(
-        "sail_ops: SAIL_OPS_CUDA_KERNELS: got '" + name + "', expected sm80" +
-        (cutlass_gemm ? " or cutlass" : "; cutlass needs a library built with SAIL_OPS_CUTLASS=ON"));
+    return kernels_named(text ? text : "");
   }();
   return wanted;
 }
@@ -76,6 +81,10 @@ cudaStream_t current_stream(const Check& c, const Tensor& t) {
 
 bool prefers_sm90(const Card& card) { return card.major == 9 && card.minor == 0 && kernels_wanted() != Kernels::sm80; }
 
+bool prefers_clusters(const Card& card) {
+  return card.major == 9 && card.minor == 0 && kernels_wanted() == Kernels::cluster;
+}
+
 bool prefers_cutlass(const Card& card) {
   return card.major == 9 && card.minor == 0 && kernels_wanted() == Kernels::cutlass;
 }
@@ -84,3 +93,12 @@ bool prefers_cutlass(const Card& card) {
 // For `python -m sail_ops` (ctypes): what this library was compiled for.
 extern "C" __attribute__((visibility("default"))) const char* sail_cuda_archs() { return SAIL_CUDA_ARCHS; }
 extern "C" __attribute__((visibility("default"))) bool sail_cuda_has_cutlass() { return sail::cuda::cutlass_gemm; }
+// For benchmarks: takes the place of SAIL_OPS_CUDA_KERNELS from now on, in the whole process. "", or "error: ..."
+extern "C" __attribute__((visibility("default"))) const char* sail_cuda_set_kernels(const char* name) {
+  static thread_local std::string text;
+  text.clear();
+  try {
+    sail::cuda::kernels_wanted() = sail::cuda::kernels_named(name);
+  } catch (const std::exception& e) { text = std::string("error: ") + e.what(); }
+  return text.c_str();
+}

@@ -30,7 +30,8 @@ constexpr bool has_code(const char* archs, int major, int minor) {
 // The grouped GEMM (and attention's forward) for this card: wgmma and TMA on compute capability 9.0 where the problem's
 // alignment allows, otherwise mma.sync and cp.async. SAIL_OPS_CUDA_KERNELS=sm80 takes the latter everywhere, to compare.
 bool prefers_sm90(const Card& card);
-bool prefers_cutlass(const Card& card);  // grouped_mm alone, SAIL_OPS_CUDA_KERNELS=cutlass
+bool prefers_clusters(const Card& card);  // of two blocks, where they may pay: SAIL_OPS_CUDA_KERNELS=cluster
+bool prefers_cutlass(const Card& card);   // grouped_mm alone, SAIL_OPS_CUDA_KERNELS=cutlass
 template <class Problem, class Output>
 void grouped_gemm(const Card& card, const Problem& p, const Output& out, const Launch& launch) {
 #ifdef SAIL_CUDA_SM90

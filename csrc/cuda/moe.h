@@ -19,7 +19,8 @@ struct Call {
     c.that(c.real("x", x) != DType::f32, "x", "float32", "bfloat16 or float16 on a CUDA device");
   }
   Launch launch(DType dtype) const {
-    return {dtype == DType::bf16 ? Element::bf16 : Element::f16, card.sm_count, card.shared_limit, stream};
+    return {dtype == DType::bf16 ? Element::bf16 : Element::f16, card.sm_count, card.shared_limit, stream,
+            prefers_clusters(card)};
   }
   // From torch's allocator, so in the order of the stream; 16-bit or 32-bit elements.
   Tensor buffer(int64_t rows, int64_t columns) const { return like.empty({rows, columns}, like.dtype()); }

@@ -16,8 +16,9 @@
 //     the ranges given by emu::allow, if any was
 // What it does not show: speed, registers, bank conflicts, the rounding of a tensor core's sum, races inside one warp
 // between collectives, poisoned static __shared__ memory (it keeps the last block's).
-// Blocks run one after another, in an order drawn from the seed; `resident` of them at a time, if they wait for each
-// other (then without __shared__ variables: emu::block().shared is each block's own dynamic memory).
+// Blocks run one after another, in an order drawn from the seed. Those of a cluster run together, so without static
+// __shared__ variables, of which there is one set; what a block of it reaches in another must still be there: after the
+// last access a barrier of the cluster comes before either leaves.
 //
 // An emulated instruction is built from three things: emu::warp_collective (all lanes give an argument, the last to come
 // computes every lane's result), emu::barrier (named barriers) and emu::wait_until (any condition, such as an mbarrier).
@@ -46,19 +47,15 @@ struct dim3 {
 inline uint3 threadIdx, blockIdx;  // of the running fiber
 inline dim3 blockDim, gridDim;
 
-namespace sail::cuda {
-// What `extern __shared__ unsigned char dynamic_bytes[]` names in a kernel, with one resident block.
-alignas(1024) inline thread_local unsigned char dynamic_bytes[232448];
-}  // namespace sail::cuda
-
 namespace emu {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10, kMostBytes = 256;  // of a fiber; of a collective's argument or result
+constexpr size_t kSharedMost = 232448;                       // of a block
 
 struct Options {
   uint64_t seed = 0;
   size_t shared_bytes = 0;
-  int resident = 1;  // blocks that run at the same time
+  unsigned cluster = 1;  // blocks 0 .. cluster - 1 are one, and so on
 };
 
 struct Copy {  // one cp.async in flight: `bytes` from global memory, zeros up to `size`
@@ -86,8 +83,17 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
+struct Block;
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  Barrier barrier;
+};
+
 struct Block {
   uint3 index;
+  Cluster* cluster = nullptr;
+  bool reached = false;             // by another block since the cluster's last barrier
+  int in_flight = 0;                // tensor copies on their way into it
   std::unique_ptr<char[]> storage;  // shared memory and room to align it
   char* shared = nullptr;
   size_t shared_bytes = 0;
@@ -103,7 +109,8 @@ struct Machine {
   std::vector<uint64_t> rank;              // by slot
   std::vector<std::vector<Fiber*>> ready;  // by slot
   size_t ready_count = 0;
-  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Block>> blocks;  // of the one cluster that runs
+  Cluster cluster;
   std::vector<std::unique_ptr<char[]>> stacks;
   Fiber* current = nullptr;
   int64_t idle_polls = 0;  // since something other than a poll ran
@@ -251,6 +258,32 @@ inline void barrier(int id, int threads, bool wait_for_it = true) {
 }
 inline void sync_threads() { barrier(0, block().live); }
 
+// ---- clusters
+inline void complete_cluster(Cluster& c) {
+  for (Block* b : c.blocks) b->reached = false;
+  complete_barrier(c.barrier);
+}
+inline int live_threads(const Cluster& c) {
+  int live = 0;
+  for (const Block* b : c.blocks) live += b->live;
+  return live;
+}
+inline void cluster_barrier() {
+  Cluster& c = *block().cluster;
+  if (++c.barrier.arrived >= live_threads(c)) return complete_cluster(c);
+  c.barrier.waiting.push_back(&self());
+  wait("the cluster's barrier");
+}
+// The block of this rank, about to be reached by the running one.
+inline Block& reach(size_t rank) {
+  Cluster& c = *block().cluster;
+  if (rank >= c.blocks.size()) fail("a block of rank " + std::to_string(rank) + " that the cluster does not have");
+  Block& other = *c.blocks[rank];
+  if (!other.live) fail("a block that has left is reached");
+  if (&other != &block()) other.reached = true;
+  return other;
+}
+
 // ---- warp collectives: compute(lanes) is called once, by the last lane of `mask` to arrive; lanes[i] is null where i
 // is not in the mask, otherwise its fiber with `argument`, and gets `result`.
 template <class Result, class Argument, class Compute>
@@ -294,12 +327,9 @@ template <class T> T& result_of(Fiber* f) { return *reinterpret_cast<T*>(f->resu
 // ---- launch
 inline void start_block(Block& b, uint3 index, int first_slot, dim3 threads, const Options& o) {
   b.index = index;
-  if (o.shared_bytes > sizeof sail::cuda::dynamic_bytes)
-    throw std::runtime_error("more shared memory than a block has");
-  if (o.resident > 1) b.storage.reset(new char[o.shared_bytes + 1024]);
-  b.shared = o.resident > 1
-                 ? reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(b.storage.get()) + 1023) / 1024 * 1024)
-                 : reinterpret_cast<char*>(sail::cuda::dynamic_bytes);
+  if (o.shared_bytes > kSharedMost) throw std::runtime_error("more shared memory than a block has");
+  b.storage.reset(new char[o.shared_bytes + 1024]);
+  b.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(b.storage.get()) + 1023) / 1024 * 1024);
   b.shared_bytes = o.shared_bytes;
   memset(b.shared, 0xff, o.shared_bytes);
   b.fibers = std::vector<Fiber>(threads.count());
@@ -313,6 +343,12 @@ inline void start_block(Block& b, uint3 index, int first_slot, dim3 threads, con
     f.slot = first_slot + f.warp;
     make_ready(&f);
   }
+}
+
+// A block's last thread has ended.
+inline void leave(const Block& b) {
+  if (b.in_flight) throw std::runtime_error("a block leaves while tensor copies are on their way into it");
+  if (b.reached) throw std::runtime_error("a block leaves that was reached since the cluster's last barrier");
 }
 
 inline std::string who_waits() {
@@ -332,7 +368,9 @@ inline void run_blocks() {
   if (code == 2 && m.current->state == Fiber::done) {
     Block& b = *m.current->block;
     b.live--;
+    if (!b.live) leave(b);
     if (b.live && b.barriers[0].arrived >= b.live) complete_barrier(b.barriers[0]);
+    if (m.cluster.barrier.arrived && m.cluster.barrier.arrived >= live_threads(m.cluster)) complete_cluster(m.cluster);
     m.idle_polls = 0;
   }
   if (m.ready_count) run(take_ready());
@@ -346,23 +384,25 @@ inline void launch(dim3 grid, dim3 threads, const Options& o, const std::functio
   m.kernel = &kernel;
   m.idle_polls = 0;
   gridDim = grid, blockDim = threads;
-  std::vector<unsigned> order(grid.count());
+  if (grid.count() % o.cluster) throw std::runtime_error("a grid that is no multiple of the cluster");
+  std::vector<unsigned> order(grid.count() / o.cluster);
   for (unsigned i = 0; i < order.size(); i++) order[i] = i;
   std::shuffle(order.begin(), order.end(), m.random);
-  const size_t resident = std::min<size_t>(static_cast<size_t>(o.resident), order.size());
-  while (m.stacks.size() < resident * threads.count()) m.stacks.emplace_back(new char[kStackBytes]);
-  for (size_t first = 0; first < order.size(); first += resident) {
-    const size_t warps = (threads.count() + kWarp - 1) / kWarp;
-    m.ready.assign(warps * resident, {}), m.ready_count = 0, m.blocks.clear();
+  const size_t warps = (threads.count() + kWarp - 1) / kWarp;
+  while (m.stacks.size() < o.cluster * threads.count()) m.stacks.emplace_back(new char[kStackBytes]);
+  for (const unsigned cluster : order) {
+    m.ready.assign(warps * o.cluster, {}), m.ready_count = 0, m.blocks.clear(), m.cluster = {};
     m.greedy = m.random() % 2 != 0;
     m.rank.resize(m.ready.size());
     for (uint64_t& r : m.rank) r = m.random();
-    for (size_t i = first; i < std::min(first + resident, order.size()); i++) {
+    for (unsigned rank = 0; rank < o.cluster; rank++) {
       m.blocks.push_back(std::make_unique<Block>());
-      const unsigned b = order[i];
+      const unsigned b = cluster * o.cluster + rank;
       uint3 index;
       index.x = b % grid.x, index.y = b / grid.x % grid.y, index.z = b / grid.x / grid.y;
-      start_block(*m.blocks.back(), index, static_cast<int>((i - first) * warps), threads, o);
+      m.blocks.back()->cluster = &m.cluster;
+      m.cluster.blocks.push_back(m.blocks.back().get());
+      start_block(*m.blocks.back(), index, static_cast<int>(rank * warps), threads, o);
     }
     run_blocks();
   }

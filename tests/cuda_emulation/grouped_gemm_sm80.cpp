@@ -56,20 +56,23 @@ template <class Problem, class Arguments> const char* run(const int64_t* how, co
 #include "grouped_gemm_calls.h"
 
 extern "C" {
-// ---- the tile scheduler: for every block and every tile it takes, (block, expert, row, row_end, n) into `found`
-const char* row_tiles(int64_t blocks, int64_t tile_rows, int64_t n_tiles, const int32_t* offsets, int64_t R, int64_t E,
-                      int64_t zero_tail, int64_t most, int64_t* found, int64_t* count) {
+// ---- the tile scheduler: for every tile that a block takes, (number, expert, row, row_end, n, shares_b) into `found`;
+// of pairs, with the number of a pair's tile for both
+const char* row_tiles(int64_t blocks, int64_t paired, int64_t tile_rows, int64_t n_tiles, const int32_t* offsets,
+                      int64_t R, int64_t E, int64_t zero_tail, int64_t most, int64_t* found, int64_t* count) {
   return emu::guard([&] {
     RowsProblem p = {};
     p.offsets = offsets, p.R = R, p.E = E, p.zero_tail = zero_tail != 0;
     *count = 0;
     emu::launch(static_cast<unsigned>(blocks), 32, {}, [&] {
-      RowTiles tiles(p, static_cast<int>(tile_rows), n_tiles);
+      RowTiles tiles(p, static_cast<int>(tile_rows), n_tiles, paired != 0);
       RowTile t;
-      for (int64_t i = blockIdx.x; tiles.find(i, &t); i += gridDim.x) {
+      const int64_t first = blockIdx.x >> paired, step = gridDim.x >> paired;
+      int64_t number = first;
+      for (int64_t i = first; tiles.find(i, &t, blockIdx.x & paired); i += step, number += step) {
         if (threadIdx.x || *count >= most) continue;
-        const int64_t entry[] = {i, t.expert, t.row, t.row_end, t.n};
-        memcpy(found + 5 * (*count)++, entry, sizeof entry);
+        const int64_t entry[] = {number, t.expert, t.row, t.row_end, t.n, t.shares_b};
+        memcpy(found + 6 * (*count)++, entry, sizeof entry);
       }
     });
   });

@@ -22,6 +22,7 @@ struct alignas(64)
 
 namespace sail::cuda::ptx {
 struct Box {  // one tensor copy on its way
+  emu::Block* into;
   const CUtensorMap* map;
   int32_t at[4];
   uint32_t to;
@@ -72,20 +73,20 @@ struct State {
   std::map<emu::Fiber*, uint64_t> proxy_fence;
   uint64_t now = 1;
 };
-inline State& state() {
-  auto& more = emu::block().more;
+inline State& state(emu::Block& block = emu::block()) {
+  auto& more = block.more;
   if (!more) {
     auto fresh = std::make_shared<State>();
-    fresh->chunks.resize(emu::block().shared_bytes / 16 + 1);
+    fresh->chunks.resize(block.shared_bytes / 16 + 1);
     more = fresh;
   }
   return *static_cast<State*>(more.get());
 }
 
-// ---- mbarrier
-inline MBarrier& barrier_at(const uint64_t* p) {
-  const auto found = state().barriers.find(emu::shared_address(p));
-  if (found == state().barriers.end()) emu::fail("an mbarrier that was not initialized");
+// ---- mbarrier: that of another block lies at the same address
+inline MBarrier& barrier_at(const uint64_t* p, emu::Block& block = emu::block()) {
+  const auto found = state(block).barriers.find(emu::shared_address(p));
+  if (found == state(block).barriers.end()) emu::fail("an mbarrier that was not initialized");
   return found->second;
 }
 inline void mbarrier_init(uint64_t* p, uint32_t count) {
@@ -107,7 +108,7 @@ inline void land(const Box& box) {
       const bool inside = at[1] < m.size[1] && at[2] < m.size[2] && (m.dims == 3 || at[3] < m.size[3]);
       const char* from = m.data + at[0] * 2 + at[1] * m.stride[0] + at[2] * m.stride[1] + at[3] * m.stride[2];
       for (uint32_t x = 0; x < m.box[0]; x += 8) {  // 16 bytes, which the swizzle keeps together
-        char* to = emu::block().shared + swizzle_128(box.to + ((z * m.box[1] + y) * m.box[0] + x) * 2);
+        char* to = box.into->shared + swizzle_128(box.to + ((z * m.box[1] + y) * m.box[0] + x) * 2);
         const uint64_t left = m.size[0] > at[0] + x ? m.size[0] - at[0] - x : 0;
         const size_t bytes = inside ? std::min<uint64_t>(left, 8) * 2 : 0;
         emu::check_global(from + x * 2, bytes, "a tensor copy");
@@ -115,13 +116,15 @@ inline void land(const Box& box) {
         memcpy(to, from + x * 2, bytes);
       }
     }
-  for (int64_t i = 0; i < box.bytes() / 16; i++) state().chunks[box.to / 16 + i] = {};
+  for (int64_t i = 0; i < box.bytes() / 16; i++) state(*box.into).chunks[box.to / 16 + i] = {};
+  box.into->in_flight--;
 }
 inline void land(const Arrival& arrival) {
   for (const emu::Copy& c : arrival.copies) {
     memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
     memset(c.to + c.bytes, 0, static_cast<size_t>(c.size - c.bytes));
-    state().chunks[emu::shared_address(c.to) / 16] = {state().now++, arrival.thread};
+    State& s = state(*arrival.thread->block);
+    s.chunks[(c.to - arrival.thread->block->shared) / 16] = {s.now++, arrival.thread};
   }
 }
 
@@ -143,6 +146,11 @@ inline void advance(MBarrier& b) {
 }
 inline void mbarrier_arrive(uint64_t* p) {
   MBarrier& b = barrier_at(p);
+  b.pending--;
+  advance(b);
+}
+inline void mbarrier_arrive_at(uint64_t* p, uint32_t rank) {
+  MBarrier& b = barrier_at(p, emu::reach(rank));
   b.pending--;
   advance(b);
 }
@@ -172,6 +180,7 @@ inline void mbarrier_wait(uint64_t* p, uint32_t parity) {
     emu::wait("mbarrier_wait");
   }
 }
+inline void cluster_sync() { emu::cluster_barrier(); }
 inline void fence_proxy_async() { state().proxy_fence[&emu::self()] = state().now++; }
 
 // ---- tensor copies
@@ -182,24 +191,31 @@ template <class TensorBox> bool encode(const TensorBox& b, CUtensorMap* map) {  
   for (int i = 0; i < 3; i++) map->stride[i] = b.stride[i];
   return true;
 }
-inline void load_box(const Box& box, void* to, uint64_t* p, int dims) {
+inline void load_box(const Box& box, uint64_t* p, int dims) {
   if (box.map->dims != dims) emu::fail("a box of other dimensions than its map");
   if (box.map->box[0] != 64) emu::fail("a box that is not 128 bytes wide");
   if (dims == 4 && box.map->box[3] != 1) emu::fail("a box of more than one of dimension 3 is not emulated");
   for (int32_t at : box.at)
     if (at < 0) emu::fail("a box at negative coordinates is not emulated");
   if (box.to % 1024) emu::fail("a swizzled box at no multiple of 1024");
-  if (box.to + box.bytes() > static_cast<int64_t>(emu::block().shared_bytes)) emu::fail("a box past shared memory");
-  memset(to, 0xff, static_cast<size_t>(box.bytes()));
-  MBarrier& b = barrier_at(p);
+  if (box.to + box.bytes() > static_cast<int64_t>(box.into->shared_bytes)) emu::fail("a box past shared memory");
+  memset(box.into->shared + box.to, 0xff, static_cast<size_t>(box.bytes()));
+  MBarrier& b = barrier_at(p, *box.into);
   b.boxes.push_back(box);
+  box.into->in_flight++;
   advance(b);
 }
 inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y, int32_t z) {
-  load_box({map, {x, y, z, 0}, emu::shared_address(to)}, to, p, 3);
+  load_box({&emu::block(), map, {x, y, z, 0}, emu::shared_address(to)}, p, 3);
+}
+inline void tma_load_to(uint16_t blocks, void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y,
+                        int32_t z) {
+  if (!blocks) emu::fail("a tensor copy to no block");
+  for (size_t rank = 0; rank < 16; rank++)
+    if (blocks >> rank & 1) load_box({&emu::reach(rank), map, {x, y, z, 0}, emu::shared_address(to)}, p, 3);
 }
 inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, int32_t y, int32_t z, int32_t w) {
-  load_box({map, {x, y, z, w}, emu::shared_address(to)}, to, p, 4);
+  load_box({&emu::block(), map, {x, y, z, w}, emu::shared_address(to)}, p, 4);
 }
 
 template <int kRegisters> void take_registers() { static_assert(kRegisters % 8 == 0 && kRegisters <= 256); }

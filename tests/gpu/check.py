@@ -100,6 +100,8 @@ def test_stages() -> dict[str, Stage]:
     sm80 = on_card | {"SAIL_OPS_CUDA_KERNELS": "sm80"}
     found["the same with the sm_80 kernels"] = Stage(suites(SM80_SUITES), sm80)
     found["graphs, streams, memory"] = Stage(suites(["cuda_device"]))
+    chosen = [*suites(["cuda_device"]), "-k", "accurate or grouped_mm or graph_of_experts"]
+    found["experts by clusters"] = Stage(chosen, {"SAIL_OPS_CUDA_KERNELS": "cluster"})
     if has_cutlass():
         chosen = [*suites(["cuda_device"]), "-k", "grouped_mm"]
         found["grouped_mm by CUTLASS"] = Stage(chosen, {"SAIL_OPS_CUDA_KERNELS": "cutlass"})

@@ -1,6 +1,7 @@
 // From a problem to a kernel for Hopper: tensor maps, dtype and activation. False: the problem is not for TMA, or an
 // epilogue could not store 16 bytes at a time; nothing was launched. `start` makes a tensor map and launches a kernel,
-// on a card or in a test on the CPU: start.encode(box, &map), start.launch(kernel, tiles, arguments).
+// on a card or in a test on the CPU: start.encode(box, &map), start.launch(kernel, tiles, arguments, paired); and it says
+// whether blocks go in pairs, start.paired(problem).
 #pragma once
 #include "grouped_gemm_sm90.cuh"
 
@@ -35,12 +36,12 @@ bool encode_weights(const RowsProblem& p, const Start& start, CUtensorMap (&maps
 template <class T, Layout kLayout, class Epilogue, class Start>
 bool start_rows(const RowsProblem& p, const typename Epilogue::Arguments& out, const Start& start) {
   if (!p.R) return true;
-  RowsArguments<typename Epilogue::Arguments> args{{}, {}, p, out};
+  RowsArguments<typename Epilogue::Arguments> args{{}, {}, p, out, start.paired(p)};
   if (!Epilogue::whole(p, out) || !encode_rows(p.a, p.K, p.R, kTileM, start, &args.a) ||
       !encode_weights<Epilogue::kHalves>(p, start, args.b))
     return false;
   const int64_t n_tiles = ceil_div(p.N, Epilogue::kHalves ? kTileN / 2 : kTileN);
-  start.launch(rows_kernel<T, kLayout, Epilogue>, most_row_tiles(p.R, p.E, kTileM, n_tiles), args);
+  start.launch(rows_kernel<T, kLayout, Epilogue>, most_row_tiles(p.R, p.E, kTileM, n_tiles), args, args.paired);
   return true;
 }
 

@@ -33,8 +33,12 @@ template <class T, int N> __device__ void store(T* p, const float (&in)[N]) { st
 
 // The block's dynamic shared memory; aligned as the widest swizzle wants it.
 template <class T> __device__ T* dynamic_shared() {
+#ifdef SAIL_EMULATE_CUDA
+  return reinterpret_cast<T*>(emu::block().shared);
+#else
   extern __shared__ __align__(1024) unsigned char dynamic_bytes[];
   return reinterpret_cast<T*>(dynamic_bytes);
+#endif
 }
 
 // For tensors whose dtype is not that of the kernel's main operands.

@@ -1,4 +1,4 @@
-// Tile shapes of grouped_gemm_sm80.cuh and the choice among them. No card has run them: the reasons are counted, not
+// Tile shapes of the grouped GEMMs and the choice among those of grouped_gemm_sm80.cuh. No card has run them: the reasons are counted, not
 // measured (docs/decisions.md, "The expert layer on NVIDIA GPUs").
 #pragma once
 #include "tile_scheduler.h"
@@ -44,3 +44,11 @@ constexpr int64_t grid_blocks(int64_t tiles, int sm_count, int blocks_per_sm) {
   return tiles < most ? tiles : most;
 }
 }  // namespace sail::cuda::sm80
+
+namespace sail::cuda::sm90 {
+constexpr int kTileM = 128, kTileN = 256;
+
+// Whether pairs of blocks that share B can gain anything: with less than two row tiles an expert on average there is
+// little to share, and a pair walks in step. Where they do gain is for a card to say, so clusters are taken on demand.
+constexpr bool choose_pairs(int64_t R, int64_t E) { return R >= 2 * kTileM * E; }
+}  // namespace sail::cuda::sm90

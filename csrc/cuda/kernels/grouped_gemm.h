@@ -101,8 +101,9 @@ struct StoreGrad {
 struct Launch {
   Element dtype;
   int sm_count;
-  int64_t shared_limit;  // bytes of shared memory a block may have: cudaDevAttrMaxSharedMemoryPerBlockOptin
-  void* stream;          // cudaStream_t
+  int64_t shared_limit;   // bytes of shared memory a block may have: cudaDevAttrMaxSharedMemoryPerBlockOptin
+  void* stream;           // cudaStream_t
+  bool clusters = false;  // sm90: pairs of blocks share B where choose_pairs agrees
 };
 
 namespace sm80 {

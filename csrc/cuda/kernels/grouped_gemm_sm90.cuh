@@ -8,18 +8,23 @@
 //               empty[slot] a step later, when that wgmma is done; then the epilogue, straight from its 128 accumulators
 //               In a RowsProblem only the producer looks for tiles; the first slot of one says which it is
 //   full[i]     one arrival with the bytes that TMA brings; where rows may be copied, one of every thread that copies more
-//   empty[i]    one arrival of every consumer warp
+//   empty[i]    one arrival of every consumer warp that reads what this producer writes
 // The producer runs ahead through the next tile while the consumers store. 128 x 256 reads 48 KB for 1024 clocks of
 // wgmma; 128 x 128 by turns (ping-pong) would hide the epilogue but read 64 KB, more than the second-level cache gives.
+//
+// In a RowsProblem blocks 2 i and 2 i + 1 may be a cluster, a pair: they walk the same steps, of two row tiles that share
+// B. Each brings one half of B to both, so that a block reads 32 KB a step, and a slot is free when the consumers of both
+// have released it. Of a row tile that is left over they take two columns, without sharing. A pair leaves together.
 #pragma once
 #include "elements.cuh"
 #include "epilogues.cuh"
+#include "gemm_config.h"
 #include "operand_sm90.cuh"
 #include "tensor_box.h"
 #include "tile_scheduler.h"
 
 namespace sail::cuda::sm90 {
-constexpr int kTileM = 128, kTileN = 256, kStages = 4, kProducers = 128, kGatherers = 64, kConsumerWarps = 8;
+constexpr int kStages = 4, kProducers = 128, kGatherers = 64, kConsumerWarps = 8;
 constexpr int kThreads = kProducers + 32 * kConsumerWarps;
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 static_assert(kProducers * kProducerRegisters + 32 * kConsumerWarps * kConsumerRegisters <= 65536);
@@ -38,19 +43,23 @@ __device__ __forceinline__ Shared& shared() {
 }
 
 // copiers: threads that arrive at full[i] with their cp.async
-__device__ __forceinline__ void start(Shared& s, int copiers) {
+__device__ __forceinline__ void start(Shared& s, int copiers, int paired = 0) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; i++) {
       ptx::mbarrier_init(&s.full[i], 1 + copiers);
-      ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
+      ptx::mbarrier_init(&s.empty[i], kConsumerWarps << paired);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if (paired)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
 }
 
 // The slot of a step; producers and consumers walk the same steps.
 struct Ring {
+  int paired = 0;  // 1: the slots are filled by two blocks
   int slot = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void advance() {
@@ -58,12 +67,18 @@ struct Ring {
   }
 };
 
+// This warp no longer reads the slot: says so to every block that writes into it, lane i to block i of a pair.
+__device__ __forceinline__ void release(Shared& s, int slot, int paired) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (!paired && lane == 0) ptx::mbarrier_arrive(&s.empty[slot]);
+  if (paired && lane < 2) ptx::mbarrier_arrive_at(&s.empty[slot], lane);
+}
+
 // acc += A B over `steps` steps, of this warp group's 64 rows. copied: some bytes came by cp.async.
 template <class T, bool kAlongM, bool kAlongN>
 __device__ __forceinline__ void multiply(Shared& s, Ring& ring, int steps, bool copied, float (&acc)[kTileN / 2]) {
   const uint32_t a0 = ptx::shared_address(s.a) + (threadIdx.x / 128 - 1) * Operand<kAlongM>::kRows64Bytes;
   const uint32_t b0 = ptx::shared_address(s.b);
-  const bool speaks = threadIdx.x % 32 == 0;
   int previous = 0;
   ptx::hold(acc);
   for (int i = 0; i < steps; i++) {
@@ -78,13 +93,13 @@ __device__ __forceinline__ void multiply(Shared& s, Ring& ring, int steps, bool 
                                                     b + k * (Operand<kAlongN>::kStepBytes >> 4));
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
-    if (i && speaks) ptx::mbarrier_arrive(&s.empty[previous]);
+    if (i) release(s, previous, ring.paired);
     previous = ring.slot;
     ring.advance();
   }
   ptx::wgmma_wait<0>();
   ptx::hold(acc);
-  if (steps && speaks) ptx::mbarrier_arrive(&s.empty[previous]);
+  if (steps) release(s, previous, ring.paired);
 }
 
 // Four eights of a row, of which lane q of its four takes the q-th.
@@ -131,7 +146,7 @@ __device__ __forceinline__ void store(const Epilogue& epilogue, const float (&ac
 // Releases a slot that only announced a tile.
 __device__ __forceinline__ void skip(Shared& s, Ring& ring) {
   __syncwarp();  // all lanes have read it
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.empty[ring.slot]);
+  release(s, ring.slot, ring.paired);
   ring.advance();
 }
 
@@ -146,6 +161,7 @@ template <class Out> struct RowsArguments {
   CUtensorMap b[2];  // the two parts of B
   RowsProblem problem;
   Out out;
+  int paired;  // 1: clusters of two blocks; 0: none
 };
 
 // Steps along K: those of B's first part, then those of its second, so that none has rows of both.
@@ -169,10 +185,10 @@ __device__ __forceinline__ void for_steps(const RowsArguments<Out>& args, int64_
   const RowsProblem& p = args.problem;
   const int steps = Steps::of(p).total;
   Ring ring;
-  RowTiles tiles(p, kTileM, n_tiles);
+  RowTiles tiles(p, kTileM, n_tiles, args.paired);
   RowTile t;
-  for (int64_t tile = blockIdx.x;; tile += gridDim.x) {
-    if (!tiles.find(tile, &t)) t.expert = -1;
+  for (int64_t tile = blockIdx.x >> args.paired;; tile += gridDim.x >> args.paired) {
+    if (!tiles.find(tile, &t, blockIdx.x & args.paired)) t.expert = -1;
     const int count = multiplies(p, t) ? steps : 1;
     for (int i = 0; i < count; i++, ring.advance()) step(t, i, ring.slot, ring.parity);
     if (t.expert < 0) return;
@@ -194,13 +210,17 @@ __device__ __forceinline__ void produce_boxes(const RowsArguments<Out>& args, Sh
     ptx::mbarrier_arrive_expect(full, !loads ? 0 : gathers ? sizeof(s.b[0]) : sizeof(s.a[0]) + sizeof(s.b[0]));
     if (!loads) return;
     if (!gathers) ptx::tma_load(a, &args.a, full, second ? steps.split + part_k : part_k, t.row, 0);
-    if constexpr (kLayout == Layout::nk) {
-      ptx::tma_load(b, &args.b[0], full, part_k, n, t.expert);
-      ptx::tma_load(b + kTileN / 2 * kRowBytes, &args.b[kGated], full, part_k, kGated ? n : n + kTileN / 2, t.expert);
-    } else {
+    constexpr int kBoxes = kLayout == Layout::nk ? 2 : kTileN / kBoxElements;  // of B, 128 rows or 64 columns each
 #pragma unroll
-      for (int panel = 0; panel < kTileN / kBoxElements; panel++)
-        ptx::tma_load(b + panel * kPanelBytes, &args.b[second], full, n + panel * kBoxElements, part_k, t.expert);
+    for (int i = 0; i < kBoxes; i++) {
+      const bool nk = kLayout == Layout::nk;
+      const CUtensorMap* map = &args.b[nk ? kGated * i : second];
+      unsigned char* to = b + i * (sizeof(s.b[0]) / kBoxes);
+      const int x = nk ? part_k : n + i * kBoxElements, y = !nk ? part_k : kGated ? n : n + i * (kTileN / 2);
+      if (!t.shares_b)
+        ptx::tma_load(to, map, full, x, y, t.expert);
+      else if (i / (kBoxes / 2) == (blockIdx.x & 1))
+        ptx::tma_load_to(3, to, map, full, x, y, t.expert);
     }
   });
 }
@@ -241,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t n_tiles = ceil_div(p.N, kColumns);
   const bool gathers = p.a.index != nullptr;
   Shared& s = shared();
-  start(s, gathers ? kGatherers : 0);
+  start(s, gathers ? kGatherers : 0, args.paired);
   if (threadIdx.x < kProducers) {
     ptx::give_registers<kProducerRegisters>();
     if (threadIdx.x < 32) produce_boxes<Epilogue::kHalves, kLayout>(args, s, n_tiles);
@@ -250,11 +270,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::take_registers<kConsumerRegisters>();
     const Epilogue epilogue(p, args.out);
     const int steps = Steps::of(p).total;
-    Ring ring;
+    Ring ring{args.paired};
     for (;;) {
       ptx::mbarrier_wait(&s.full[ring.slot], ring.parity);
       const RowTile t = s.tile[ring.slot];
-      if (t.expert < 0) return;
+      if (t.expert < 0) break;
       float acc[kTileN / 2];
       clear(acc);
       multiply<T, false, kLayout == Layout::kn>(s, ring, t.expert < p.E ? steps : 0, gathers, acc);
@@ -262,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       store(epilogue, acc, t.expert, t.row, t.row_end, t.n * kColumns);
     }
   }
+  if (args.paired) ptx::cluster_sync();  // the other block arrives at barriers of ours until it is done
 }
 
 // ---- C[e][m, n] = sum_r A[row_a(r), m] B[row_b(r), n]

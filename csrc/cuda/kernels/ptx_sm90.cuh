@@ -15,7 +15,8 @@ namespace sail::cuda::ptx {
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
-// Makes initialized barriers known to the copy engine and to the cluster; a barrier of all threads follows it.
+// Makes initialized barriers known to the copy engine and to the cluster; a barrier of all threads, or of all blocks of
+// the cluster, follows it.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -43,6 +44,27 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
+// ---- clusters: blocks that run at once and reach each other's shared memory, at the same addresses as their own
+// A barrier of all threads of all blocks.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+// At the barrier that the block of this rank has in the place of ours. Released to our own block alone, as in CUTLASS:
+// to the cluster it costs a MEMBAR.GPU, and what it passes on is no data but the right to overwrite what wgmma has read.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Orders ordinary accesses to shared memory before those of the copy engine and of wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -62,6 +84,16 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint6
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// The same to the blocks of the cluster in this mask of ranks, each of which counts the bytes at its own barrier.
+__device__ __forceinline__ void tma_load_to(uint16_t blocks, void* to, const CUtensorMap* map, uint64_t* barrier,
+                                            int32_t x, int32_t y, int32_t z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(blocks)
       : "memory");
 }
 
