@@ -328,10 +328,11 @@ template <class T> T& result_of(Fiber* f) { return *reinterpret_cast<T*>(f->resu
 inline void start_block(Block& b, uint3 index, int first_slot, dim3 threads, const Options& o) {
   b.index = index;
   if (o.shared_bytes > kSharedMost) throw std::runtime_error("more shared memory than a block has");
-  b.storage.reset(new char[o.shared_bytes + 1024]);
+  const size_t bytes = o.shared_bytes + 2048;  // a mutant that reads past its end must find poison, and no wild index
+  b.storage.reset(new char[bytes]);
   b.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(b.storage.get()) + 1023) / 1024 * 1024);
   b.shared_bytes = o.shared_bytes;
-  memset(b.shared, 0xff, o.shared_bytes);
+  memset(b.storage.get(), 0xff, bytes);
   b.fibers = std::vector<Fiber>(threads.count());
   b.live = static_cast<int>(threads.count());
   for (Barrier& barrier : b.barriers) barrier = {};
