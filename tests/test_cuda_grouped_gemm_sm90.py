@@ -214,10 +214,7 @@ MUTANTS = {
     "remote_without_cluster": Mutant(KERNEL, "if (!t.shares_b)", "if (false)", store_rows, "one_tile"),
 }
 SCHEDULER, REMOTE = "tile_scheduler.h", "ptx::mbarrier_arrive_at(&s.empty[slot], lane)"
-START, END = (
-    "if (paired)\n    ptx::cluster_sync();\n  else\n    __syncthreads();",
-    "if (args.paired) ptx::cluster_sync();",
-)
+START = "if (paired)\n    ptx::cluster_sync();\n  else\n    __syncthreads();"
 PAIR_MUTANTS = {
     "own_slot_alone": (KERNEL, REMOTE, "ptx::mbarrier_arrive(&s.empty[slot])", "shared"),
     "one_block_releases": (KERNEL, "kConsumerWarps << paired", "kConsumerWarps", "shared"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from emulated import replace_once
 from native import KERNELS, compile_as_built, copy_sources, link_with, require_build
 
 from sail_ops import testing
@@ -234,10 +235,7 @@ def _run_batch(folder: Path, batch: dict[str, tuple[str, Mutant]]) -> dict[str, 
 
 
 def _compile(folder: Path, isa: str, mutant: Mutant) -> Path:
-    changed = copy_sources(folder) / KERNELS / mutant.file
-    text = changed.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times"
-    changed.write_text(text.replace(mutant.old, mutant.new))
+    replace_once(copy_sources(folder) / KERNELS / mutant.file, mutant.old, mutant.new)
     compile_as_built(folder / KERNELS / mutant.source, isa, folder / "mutant.o")
     return folder / "mutant.o"
 

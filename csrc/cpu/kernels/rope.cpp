@@ -153,7 +153,6 @@ template <class T> void norm_rope_backward_kernel(const RopeHeads& in) {
     prefetch(head<T>(in.x, h + kAhead, in.x_step), in.A);
     prefetch(head<T>(in.grad, h + kAhead, in.grad_step), in.A);
     if (b.half == kKept * W) {
-      b.half = kKept * W;
       Kept v, n;
       HeadSums sums = {};
       for_kept([&](int i, int64_t c, All all) {
