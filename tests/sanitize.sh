@@ -31,7 +31,7 @@ if [ $# -eq 0 ]; then  # the tests named like a host file
   # empty_cache: what is freed stays resident in the sanitizer's quarantine
   set -- -m "not slow" -k "not empty_cache"
   for source in csrc/cpu/*.cpp; do
-    test=tests/test_$(basename "$source" .cpp).py
+    test=tests/ops/test_$(basename "$source" .cpp).py
     [ ! -e "$test" ] || set -- "$@" "$test"
   done
 fi

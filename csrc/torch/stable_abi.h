@@ -1,6 +1,6 @@
 // PyTorch's stable C shim (torch >= 2.11), declared here so that building needs no torch at all.
 // The symbols are resolved at load time from the libtorch that the process has imported.
-// tests/abi_check.cpp includes torch's own headers next to this one: a signature that differs fails to compile.
+// tests/support/abi_check.cpp includes torch's own headers next to this one: a signature that differs fails to compile.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-// The sm_80 attention kernels for tests/test_cuda_attention.py: their own dispatch, launched on fibers.
+// The sm_80 attention kernels for tests/cuda/test_cuda_attention.py: their own dispatch, launched on fibers.
 #include "cuda_runtime.h"
 
 #include "attention_dispatch_sm80.cuh"

@@ -1,4 +1,4 @@
-// The sm_90a attention forward for tests/test_cuda_attention_sm90.py: its own dispatch, launched on fibers.
+// The sm_90a attention forward for tests/cuda/test_cuda_attention_sm90.py: its own dispatch, launched on fibers.
 #include "cuda_runtime.h"
 
 #include "attention_dispatch_sm90.cuh"

@@ -1,4 +1,4 @@
-// What CUTLASS's grouped GEMM is told of each expert, for tests/test_cuda_cutlass.py: the products are then made from
+// What CUTLASS's grouped GEMM is told of each expert, for tests/cuda/test_cuda_cutlass.py: the products are then made from
 // that alone, as CUTLASS makes them.
 #include "cutlass_groups.cuh"
 #include "cuda_runtime.h"

@@ -1,4 +1,4 @@
-// The kernels around the grouped products for tests/test_cuda_routing.py: rows by expert, gather-sums, expert sums.
+// The kernels around the grouped products for tests/cuda/test_cuda_routing.py: rows by expert, gather-sums, expert sums.
 #include "combine.cuh"
 #include "cuda_runtime.h"
 #include "routing_metadata.cuh"

@@ -1,4 +1,4 @@
-// The sm_80 grouped GEMM for tests/test_cuda_grouped_gemm.py: its own dispatch, launched on fibers. With SAIL_FEW_KERNELS
+// The sm_80 grouped GEMM for tests/cuda/test_cuda_grouped_gemm.py: its own dispatch, launched on fibers. With SAIL_FEW_KERNELS
 // only aligned bf16 in the largest tile shape, for tests that compile often.
 #include "cuda_runtime.h"
 #include "dispatch_sm80.cuh"

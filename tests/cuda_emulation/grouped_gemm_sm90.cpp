@@ -1,4 +1,4 @@
-// The sm_90a grouped GEMM for tests/test_cuda_grouped_gemm_sm90.py: its own dispatch, launched on fibers.
+// The sm_90a grouped GEMM for tests/cuda/test_cuda_grouped_gemm_sm90.py: its own dispatch, launched on fibers.
 #include "cuda_runtime.h"
 #include "dispatch_sm90.cuh"
 

@@ -27,7 +27,7 @@ SUITES = {
     "norms, rotation, loss": ["norm", "layer_norm", "rope", "loss"],
 }
 SM80_SUITES = ["moe", "moe_training", "attention"]  # that have other kernels on newer cards
-# what Triton has; its interpreter runs parts of these files, for the sake of time alone (tests/triton_interpreter.py)
+# what Triton has; its interpreter runs parts of these files, for the sake of time alone (support/triton_interpreter.py)
 TRITON_SUITES = {
     "expert layer": ["moe", "moe_training", "moe_errors"],
     "grouped product, router, gate, norm": ["grouped_mm", "routing", "activation", "norm"],
@@ -88,9 +88,9 @@ def built() -> dict[str, Stage]:
 
 
 def suites(names: list[str]) -> list[str]:
-    """pytest over tests/test_<name>.py."""
+    """pytest over tests/*/test_<name>.py."""
     pytest = [*python("pytest"), "-q", "--maxfail=10", "--tb=short", "-p", "no:cacheprovider"]
-    return [*pytest, *(f"tests/test_{name}.py" for name in names)]
+    return [*pytest, *(str(next(ROOT.glob(f"tests/*/test_{name}.py")).relative_to(ROOT)) for name in names)]
 
 
 def test_stages() -> dict[str, Stage]:

@@ -1,6 +1,6 @@
 // The functions of the CUDA runtime that csrc/cuda's host code calls, for a "card" that is the emulator: a launch runs
 // the kernel there and then. With it the whole CUDA library compiles with g++ and works on CPU tensors
-// (tests/emulated_library.py); the host's plan is then tested together with the kernels.
+// (tests/support/emulated_library.py); the host's plan is then tested together with the kernels.
 #pragma once
 #include <stdlib.h>
 

@@ -11,13 +11,14 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: `pip install --no-deps -c constraints.txt triton`")
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FILES = ("moe", "moe_training", "grouped_mm", "norm", "routing", "activation", "moe_errors")
 
 
 def run(name: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", "--quick", f"{HERE}/test_{name}.py"]
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}/support:{TESTS.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    quick = [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", "--quick"]
+    command = [*quick, f"{TESTS}/ops/test_{name}.py"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

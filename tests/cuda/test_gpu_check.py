@@ -8,18 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import check
 import pytest
+import small_steps
+import test_cuda_device
 import torch
 from conftest import DEVICE
 from emulated_library import emulated
 from expert_layer import Layer, detached, layer
-from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-import check
-import small_steps
-import test_cuda_device
 from test_cuda_device import CASE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sail_ops
 
@@ -156,5 +154,5 @@ print("traced")
 def test_torch_traces_with_generators_of_another_device() -> None:
     """torch imports its compiler when it is first asked for, and that names torch.Generator in annotations."""
     command = [sys.executable, "-c", CODE]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert result.stdout == "traced\n", result.stderr

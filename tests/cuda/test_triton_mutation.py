@@ -80,7 +80,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _run(pairs: list[str]) -> dict[str, str]:
-    script = Path(__file__).with_name("triton_mutants.py")
+    script = Path(__file__).parents[1] / "support" / "triton_mutants.py"
     done = subprocess.run([sys.executable, str(script), *pairs], capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
     return json.loads(done.stdout)

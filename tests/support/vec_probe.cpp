@@ -1,4 +1,4 @@
-// The functions of vec.h over arrays, for tests/test_vec.py. Compiled once per instruction set, with the build's flags.
+// The functions of vec.h over arrays, for tests/ops/test_vec.py. Compiled once per instruction set, with the build's flags.
 #include "vec.h"
 
 #define SAIL_PROBE extern "C" __attribute__((visibility("default"))) void

@@ -16,7 +16,7 @@ from sail_ops import reference, testing
 
 SOURCES = ("loss", "card")
 DTYPES = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-# as tests/test_loss.py says; of a larger vocabulary, a word's gradient comes from fewer tokens
+# as tests/ops/test_loss.py says; of a larger vocabulary, a word's gradient comes from fewer tokens
 POOL = {"args[0]": 16, "args[1]": 64}
 LARGE_POOL = {"args[0]": 16, "args[1]": 1250}
 # T, D, V; a row of 8192 words in bf16 is one turn of a block's threads

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("SAIL_OPS_BUILD_DIR") or ROOT / "build" / "cmake")
 KERNELS = "csrc/cpu/kernels"
 

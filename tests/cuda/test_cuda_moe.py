@@ -1,5 +1,5 @@
 """The CUDA library's own behaviour, on the emulator: the whole layer against fp64 with poisoned workspaces, cards,
-values out of range. `SAIL_TEST_DEVICE=emulated pytest tests/test_moe.py ...` runs the CPU's tests on it."""
+values out of range. `SAIL_TEST_DEVICE=emulated pytest tests/ops/test_moe.py ...` runs the CPU's tests on it."""
 
 import ctypes
 import os
@@ -96,7 +96,7 @@ def test_too_many_experts() -> None:
 
 PROBE = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 from emulated_library import emulated
 from expert_layer import layer, offsets
 import sail_ops
@@ -113,7 +113,7 @@ with emulated():
 
 def probe(code: str, **environment: str) -> str:
     build()
-    script = PROBE.format(tests=str(Path(__file__).parent), code=code)
+    script = PROBE.format(support=str(Path(__file__).parents[1] / "support"), code=code)
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}
     )

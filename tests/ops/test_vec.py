@@ -19,7 +19,9 @@ def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """call(name, *tensors and integers) into vec_probe.cpp, compiled for one instruction set."""
     require_build()
     folder = tmp_path_factory.mktemp(request.param)
-    compile_kernel(ROOT / "tests" / "vec_probe.cpp", request.param, folder / "probe.o", f"-I{ROOT / KERNELS}")
+    compile_kernel(
+        ROOT / "tests" / "support" / "vec_probe.cpp", request.param, folder / "probe.o", f"-I{ROOT / KERNELS}"
+    )
     link([folder / "probe.o"], folder / "probe.so")
     library = ctypes.CDLL(str(folder / "probe.so"))
 

@@ -1,7 +1,6 @@
 """The benchmarks' own arithmetic: routings, the peer we wrote ourselves, memory measurement, the report."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run in place, never installed
 
 from benchmarks import bench_attention, cards, memory, peers, report, targets
 from benchmarks.cases import MoeCase, cuda_cases, draw_routings, moe_cases

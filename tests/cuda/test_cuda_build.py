@@ -141,7 +141,7 @@ def test_serialized_wgmma_fails_the_build(tmp_path: Path, checked: bool) -> None
     """ptxas only remarks on it, so nvcc alone accepts it, whatever its flags."""
     flags = ["--generate-code=arch=compute_90a,code=[sm_90a]", "-Xptxas", "-v,--warn-on-spills,--warning-as-error"]
     out = tmp_path / "serialized.o"
-    command = ["nvcc", "-O3", *flags, "-c", str(ROOT / "tests" / "serialized_wgmma.cu"), "-o", str(out)]
+    command = ["nvcc", "-O3", *flags, "-c", str(ROOT / "tests" / "support" / "serialized_wgmma.cu"), "-o", str(out)]
     launcher = [str(ROOT / "csrc" / "cuda" / "nvcc.sh")] if checked else []
     result = subprocess.run([*launcher, *command], capture_output=True, text=True)
     assert "wgmma.mma_async instructions are serialized" in result.stderr

@@ -16,7 +16,7 @@ import sail_ops
 from sail_ops import _library, testing
 from sail_ops.__main__ import implementations, operators
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GXX = shutil.which("g++")
 needs_gxx = pytest.mark.skipif(GXX is None, reason="no g++ here")
 needs_binutils = pytest.mark.skipif(not shutil.which("readelf") or not shutil.which("nm"), reason="no binutils here")
@@ -66,7 +66,7 @@ def test_every_operator_runs_on_the_cpu():
 def test_our_declarations_are_torchs(wrong: bool):
     include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++17", "-fsyntax-only", f"-I{include}"] + ["-DSAIL_WRONG_SIGNATURE"] * wrong
-    result = run(str(GXX), *flags, str(ROOT / "tests" / "abi_check.cpp"))
+    result = run(str(GXX), *flags, str(ROOT / "tests" / "support" / "abi_check.cpp"))
     assert (result.returncode != 0) == wrong, result.stderr
     assert not wrong or "aoti_torch_get_dim" in result.stderr
 

@@ -36,7 +36,7 @@ PAIRED |= {
     "many_experts": Problem(tuple(140 * (i > 31) + (i == 3) for i in range(35)), 40, 24),
 }
 
-Run = Callable[..., torch.Tensor]  # a function of tests/grouped_gemm.py
+Run = Callable[..., torch.Tensor]  # a function of tests/support/grouped_gemm.py
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 problems = pytest.mark.parametrize("name", PROBLEMS)
 

@@ -242,7 +242,7 @@ def _compile(folder: Path, isa: str, mutant: Mutant) -> Path:
 
 def _checks(pairs: set[str], library: Path | None) -> dict[str, str]:
     environment = os.environ | ({"SAIL_OPS_LIBRARY_DIR": str(library)} if library else {})
-    script = Path(__file__).with_name("mutation_checks.py")
+    script = Path(__file__).parents[1] / "support" / "mutation_checks.py"
     command = [sys.executable, str(script), *sorted(pairs)]
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 

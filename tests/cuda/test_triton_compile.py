@@ -24,7 +24,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
     cache = str(tmp_path_factory.mktemp("triton"))
 
     def compile_for(card: tuple[int, str]) -> Kernels:
-        script = Path(__file__).with_name("triton_compile.py")
+        script = Path(__file__).parents[1] / "support" / "triton_compile.py"
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": cache}
         command = [sys.executable, str(script), *map(str, card)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -17,8 +16,6 @@ from conftest import DEVICE
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run in place, never installed
 
 from benchmarks import bench_attention, bench_loss, bench_norm, bench_step, events, liger, report
 from benchmarks import bench_attention_cuda as attention

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 KERNELS = ROOT / "csrc" / "cuda" / "kernels"
 
