@@ -1,5 +1,5 @@
 // Tile shapes of the attention kernels, by head dim: 64, 96 and 128, with wgmma also 80; the heads between are filled up
-// with zeros. No card has run them: the reasons are counted, not measured (docs/decisions.md, "Attention on NVIDIA GPUs").
+// with zeros. No card has run them: the reasons are counted, not measured (docs/decisions/attention-cuda.md).
 #pragma once
 #include "attention.h"
 

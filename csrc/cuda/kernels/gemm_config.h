@@ -1,5 +1,5 @@
 // Tile shapes of the grouped GEMMs and the choice among those of grouped_gemm_sm80.cuh. No card has run them: the reasons
-// are counted, not measured (docs/decisions.md, "The expert layer on CUDA").
+// are counted, not measured (docs/decisions/moe-cuda.md).
 #pragma once
 #include "tile_scheduler.h"
 
