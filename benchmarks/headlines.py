@@ -1,8 +1,8 @@
 """The few figures that decide, on a card that is there for minutes: python -m benchmarks.headlines --out FILE.jsonl
 
 The expert layer at T 8192 and 32768, attention at S 4096 and a whole decoder layer, each beside its peers, ours first.
-A measurement is one line of JSON, written as soon as it is there; at the end comes the verdict on "3x" by baseline. A
-peer takes turns with ours, A B A B, so that both meet the same clock; one that is a hundred times as slow is timed once.
+A measurement is one line of JSON, written as soon as it is there; at the end comes the verdict on "3x" by baseline.
+A peer takes turns with ours, A B A B, so that both meet the same clock; one a hundred times as slow is timed once.
 --budget stops in time and names what found none. --tiny runs every line where there is no card, and means nothing.
 """
 
