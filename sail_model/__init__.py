@@ -9,7 +9,10 @@ ids = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1
 print(processor.decode(ids, skip_special_tokens=True))
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+# from its own module: where torchvision is missing, the package of transformers 5.16 and 5.17 has a stand-in that raises
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .checkpoint import load_released
 from .config import PRESETS, SailViTConfig, SailVL2Config
