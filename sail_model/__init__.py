@@ -11,7 +11,7 @@ print(processor.decode(ids, skip_special_tokens=True))
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-# from its own module: where torchvision is missing, the package of transformers 5.16 and 5.17 has a stand-in that raises
+# from its own module: without torchvision, transformers 5.16 and 5.17 have a stand-in in its place that raises
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -20,9 +20,10 @@ from transformers.models.auto.modeling_auto import (
 
 from .checkpoint import load_released
 from .config import PRESETS, SailViTConfig, SailVL2Config
-from .images import CorruptImageError, SailVL2ImageProcessor
+from .images import CorruptImageError
 from .model import SailVL2ForConditionalGeneration, SailVL2Output
 from .processor import SailVL2Processor
+from .tiling import SailVL2ImageProcessor
 from .tokenizer import load_tokenizer, train_tokenizer
 
 AutoConfig.register(SailViTConfig.model_type, SailViTConfig, exist_ok=True)

@@ -44,7 +44,7 @@ def greedy(model: Model, batch: dict[str, Tensor]) -> Tensor:
 
 # ---- several sequences of a prompt ----------------------------------------------------------------------------------
 def test_sampled_sequences_see_their_own_tiles(model: Model, batch: dict[str, Tensor], greedy: Tensor) -> None:
-    """top_k=1 is greedy, so that all sequences of a prompt are the one it gives alone; its pictures are encoded once."""
+    """top_k=1 is greedy, so all sequences of a prompt are the one it gives alone; its pictures are encoded once."""
     encoded = []
     with model.vision_model.register_forward_hook(lambda _, __, out: encoded.append(len(out))):
         two = model.generate(**batch, **GREEDY | dict(do_sample=True), top_k=1, num_return_sequences=2)
