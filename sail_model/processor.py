@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers import ProcessorMixin, Qwen2Tokenizer
 from transformers.feature_extraction_utils import BatchFeature
 
@@ -12,6 +13,8 @@ from .chat import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, with_data_urls
 from .images import Images, ImageSource, flat_images
 from .tiling import SailVL2ImageProcessor
 from .tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+
+MARKS_ANSWERS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
 
 
 class SailVL2Processor(ProcessorMixin):
@@ -98,7 +101,7 @@ class SailVL2Processor(ProcessorMixin):
         `<|im_end|>`. It needs transformers >= 5.18: before, it misses answers that start with a line break.
         """
         masks = kwargs.get("return_assistant_tokens_mask", False)
-        if masks and not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"):
+        if masks and not MARKS_ANSWERS:
             raise ValueError("SailVL2Processor: return_assistant_tokens_mask needs transformers >= 5.18")
         out = super().apply_chat_template(with_data_urls(conversation), *args, **kwargs)
         if masks and isinstance(out, BatchFeature) and isinstance(out["input_ids"], torch.Tensor):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_model import TILE, tiny_config
-from transformers import AutoProcessor, ProcessorMixin, Qwen2Tokenizer
+from transformers import AutoProcessor, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from sail_model import (
@@ -23,6 +23,7 @@ from sail_model import (
     SailVL2Processor,
     train_tokenizer,
 )
+from sail_model import processor as processing
 from sail_model.chat import THINKING_SUFFIX
 from sail_model.tiling import IMAGENET_MEAN, IMAGENET_STD, tile_grid
 
@@ -282,7 +283,7 @@ def test_a_batch_of_conversations_is_each_of_them(processor: SailVL2Processor) -
 ANSWERS = ["a circle", "\nblue, 1.\n", ""]
 
 
-@pytest.mark.skipif(not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"), reason="refused there, see below")
+@pytest.mark.skipif(not processing.MARKS_ANSWERS, reason="refused by the test below")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_assistant_masks_are_the_answers(side: str, processor: SailVL2Processor) -> None:
     """The tokens of each answer and its <|im_end|>, among pictures before, between and behind them."""
@@ -305,7 +306,7 @@ def test_assistant_masks_are_the_answers(side: str, processor: SailVL2Processor)
 def test_assistant_masks_are_refused_where_transformers_loses_answers(
     processor: SailVL2Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(ProcessorMixin, "_adjust_assistant_masks_indices", raising=False)
+    monkeypatch.setattr(processing, "MARKS_ANSWERS", False)
     with pytest.raises(ValueError, match=r"transformers >= 5\.18"):
         processor.apply_chat_template(
             chat("what?", "blue"), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
