@@ -78,7 +78,7 @@ class SailVL2Processor(ProcessorMixin):
             return_offsets_mapping=return_offsets_mapping,
             add_special_tokens=False,
         )
-        longest = max(sum(mask) for mask in encoded["attention_mask"])
+        longest = max(map(len, encoded["input_ids"]))
         if max_length is not None and longest > max_length:
             raise ValueError(
                 f"SailVL2Processor: a prompt has {longest} tokens, more than max_length={max_length}; it is not"

@@ -111,17 +111,19 @@ def second_turn(model: Model, new_tiles: int) -> tuple[dict[str, Tensor], Dynami
 @pytest.mark.parametrize("given", ["all pictures", "new pictures", "new tokens"])
 @pytest.mark.parametrize("new_tiles", [0, 1, 2])
 def test_second_turn_on_a_kept_cache(new_tiles: int, given: str, model: Model) -> None:
-    """Two new tiles are as many as the cache holds."""
+    """Two new tiles are as many as the cache holds; only new ones are encoded."""
     inputs, cache = second_turn(model, new_tiles)
-    want = model.generate(**inputs, **GREEDY)
-    kept = dict(inputs)
+    want, encoded = model.generate(**inputs, **GREEDY), []
+    kept: dict[str, Any] = dict(inputs)
     if given != "all pictures":
         kept["pixel_values"] = inputs["pixel_values"][2:] if new_tiles else None
     if given == "new tokens":
         kept["attention_mask"] = torch.ones_like(inputs["input_ids"])
         kept["input_ids"] = inputs["input_ids"][:, cache.get_seq_length() :]
-    got = model.generate(**kept, past_key_values=cache, **GREEDY)
+    with model.vision_model.register_forward_hook(lambda _, __, out: encoded.append(len(out))):
+        got = model.generate(**kept, past_key_values=cache, **GREEDY)
     assert torch.equal(got[:, -6:], want[:, -6:])
+    assert encoded == [new_tiles] * (new_tiles > 0)
 
 
 def test_a_cache_repeated_for_beams(model: Model) -> None:
