@@ -1,14 +1,29 @@
 """What the public functions share: when a gradient is needed, and what autocast does to mixed dtypes."""
 
+from collections.abc import Iterable
 from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """An autograd.Function is worth its cost only then."""
+def needs_grad(op: str, *tensors: Tensor | None, constants: Iterable[Tensor | None] = ()) -> bool:
+    """Whether a gradient of one of `tensors` is wanted: an autograd.Function is worth its cost only then.
+
+    constants: inputs that have no gradient. Raises NotImplementedError where any input carries a tangent: without a
+    Function in between, torch would drop it and return derivatives of zero.
+    """
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (*tensors, *constants))):
+        raise NotImplementedError(
+            f"sail_ops.{op}: got an input with a tangent, but there are no forward-mode derivatives (torch.func.jvp,"
+            " jacfwd, torch.autograd.forward_ad); use reverse mode, or the same function of sail_ops.reference"
+        )
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
 
 
 def in_autocast(x: Tensor) -> bool:

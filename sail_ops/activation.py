@@ -25,7 +25,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if in_autocast(gate):
         gate, up = promote(gate, up)
-    if needs_grad(gate, up):
+    if needs_grad("swiglu", gate, up):
         return _SwiGLU.apply(gate, up)
     return _swiglu(gate, up)
 

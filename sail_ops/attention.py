@@ -64,7 +64,8 @@ def attention(
     q, k, v, scale = _prepare(q, k, v, softmax_scale)
     if _flash_attn.takes(q):
         return _flash_attn.attention(q, k, v, scale, causal, return_lse)
-    out, lse = _Attention.apply(q, k, v, scale, causal) if needs_grad(q, k, v) else _attention(q, k, v, scale, causal)
+    args = q, k, v, scale, causal
+    out, lse = _Attention.apply(*args) if needs_grad("attention", q, k, v) else _attention(*args)
     return (out, lse) if return_lse else out
 
 
@@ -122,7 +123,7 @@ def attention_varlen(
     args = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
     if _flash_attn.takes(q):
         return _flash_attn.attention_varlen(*args, return_lse)
-    out, lse = _AttentionVarlen.apply(*args) if needs_grad(q, k, v) else _attention_varlen(*args)
+    out, lse = _AttentionVarlen.apply(*args) if needs_grad("attention_varlen", q, k, v) else _attention_varlen(*args)
     return (out, lse) if return_lse else out
 
 

@@ -86,7 +86,7 @@ def linear_cross_entropy(
     hidden_TD, labels_T = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
     weights_T = None if token_weights is None else token_weights.detach().reshape(-1).contiguous()
     args = hidden_TD, lm_head, labels_T, weights_T, ignore_index, z_loss
-    grad = needs_grad(hidden, lm_head)
+    grad = needs_grad("linear_cross_entropy", hidden, lm_head, constants=(token_weights,))
     if reduction == "none":
         if grad:
             loss, logprobs_T = _PerToken.apply(*args)

@@ -147,7 +147,7 @@ def grouped_mm(x_RK: Tensor, w_EKN: Tensor, offsets_E: Tensor) -> Tensor:
     On CUDA: as `grouped_experts`.
     """
     x_RK, w_EKN = _autocast(x_RK, w_EKN)
-    if needs_grad(x_RK, w_EKN):
+    if needs_grad("grouped_mm", x_RK, w_EKN):
         out: Tensor = _GroupedMM.apply(x_RK, w_EKN, offsets_E)
         return out
     return _ops.grouped_mm.default(x_RK, w_EKN, offsets_E)
@@ -186,7 +186,7 @@ def _experts(
     bias_1, bias_2 = biases or (None, None)
     x, first, up, down, bias_1, bias_2 = _autocast(x, first, up, down, bias_1, bias_2)
     code = _ACTIVATIONS[activation]
-    if needs_grad(x, first, up, down, weights, bias_1, bias_2):
+    if needs_grad(family.name, x, first, up, down, weights, bias_1, bias_2):
         main = _main_grads(family, main_grads, up is not None)
         out: Tensor = _Experts.apply(
             family, x, first, up, down, where, weights, bias_1, bias_2, code, clamp, recompute, main, accumulate

@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if in_autocast(x):
         weight_D = weight_D.to(x.dtype)
-    if needs_grad(x, weight_D):
+    if needs_grad("rms_norm", x, weight_D):
         return _RmsNorm.apply(x, weight_D, eps)
     return _rms_norm(x, weight_D, eps)
 
@@ -46,7 +46,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float = 1e-
     if in_autocast(x):
         x, residual = promote(x, residual)
         weight_D = weight_D.to(x.dtype)
-    if needs_grad(x, residual, weight_D):
+    if needs_grad("add_rms_norm", x, residual, weight_D):
         return _AddRmsNorm.apply(x, residual, weight_D, eps)
     return _add_rms_norm(x, residual, weight_D, eps)
 
@@ -63,7 +63,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None = None, eps: f
     """
     if in_autocast(x):
         weight_D, bias_D = weight_D.to(x.dtype), None if bias_D is None else bias_D.to(x.dtype)
-    if needs_grad(x, weight_D, bias_D):
+    if needs_grad("layer_norm", x, weight_D, bias_D):
         return _LayerNorm.apply(x, weight_D, bias_D, eps)
     return _layer_norm(x, weight_D, bias_D, eps)
 
@@ -81,7 +81,7 @@ def add_layer_norm(
     if in_autocast(x):
         x, residual = promote(x, residual)
         weight_D, bias_D = weight_D.to(x.dtype), None if bias_D is None else bias_D.to(x.dtype)
-    if needs_grad(x, residual, weight_D, bias_D):
+    if needs_grad("add_layer_norm", x, residual, weight_D, bias_D):
         return _AddLayerNorm.apply(x, residual, weight_D, bias_D, eps)
     return _add_layer_norm(x, residual, weight_D, bias_D, eps)
 

@@ -28,7 +28,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     Raises ValueError for other shapes, dtypes or strides, an odd A, and (on the CPU) positions out of range.
     Source: Su et al. 2021, "RoFormer", in the order of halves that GPT-NeoX introduced.
     """
-    if needs_grad(q, k):
+    if needs_grad("rope", q, k, constants=(cos, sin)):
         return _Rope.apply(q, k, cos, sin, positions)
     return _rope(q, k, cos, sin, positions, False)
 
@@ -54,7 +54,7 @@ def qk_norm_rope(
     """
     if in_autocast(q):
         q_weight_A, k_weight_A = q_weight_A.to(q.dtype), k_weight_A.to(q.dtype)
-    if needs_grad(q, k, q_weight_A, k_weight_A):
+    if needs_grad("qk_norm_rope", q, k, q_weight_A, k_weight_A, constants=(cos, sin)):
         return _QkNormRope.apply(q, k, q_weight_A, k_weight_A, cos, sin, eps, positions)
     return _qk_norm_rope(q, k, q_weight_A, k_weight_A, cos, sin, positions, eps)
 

@@ -38,7 +38,7 @@ def route_topk(
     Raises ValueError for other shapes, dtypes or strides, k outside [1, E], and (on the CPU) ids outside [0, E).
     Source: Shazeer et al. 2017; the bias is DeepSeek-V3's (section 2.1.2).
     """
-    if needs_grad(logits_TE):
+    if needs_grad("route_topk", logits_TE, constants=(bias_E,)):
         return Routing(*_RouteTopk.apply(logits_TE, k, renormalize, bias_E, ids_TK, mask_T))
     return Routing(*_route_topk(logits_TE, k, renormalize, bias_E, ids_TK, mask_T))
 

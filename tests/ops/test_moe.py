@@ -98,9 +98,11 @@ def test_dropped_ids_read_nothing_and_add_nothing(isa: str, dtype: torch.dtype) 
     testing.assert_same(got, want)
     assert not got.outputs[0][whole].any()
     assert not got.gradients["args[0]"][whole].any() and not got.gradients["args[4]"][dropped].any()
-    # the same as leaving them out: other experts of weight zero in their place
+    # what another expert of weight zero in their place would give; not its bits: other rows meet in a tile
     elsewhere = args._replace(ids=torch.where(dropped, 0, args.ids), weights=args.weights.detach() * ~dropped)
-    assert torch.equal(sail_ops.fused_experts(*elsewhere), want.outputs[0])
+    wide = [t.double() if t.is_floating_point() else t for t in elsewhere]
+    ref, base = reference.fused_experts(*wide), reference.fused_experts(*elsewhere)
+    testing.assert_accurate(want.outputs[0], ref, base)
 
 
 def test_all_ids_dropped() -> None:

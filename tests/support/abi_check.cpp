@@ -6,8 +6,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/c/shim.h>
 
-#include "../csrc/torch/stable_abi.h"
-#include "../csrc/torch/stable_abi_cuda.h"
+#include "../../csrc/torch/stable_abi.h"
+#include "../../csrc/torch/stable_abi_cuda.h"
 
 #ifdef SAIL_WRONG_SIGNATURE
 extern "C" AOTITorchError aoti_torch_get_dim(AtenTensorHandle, int32_t*);
