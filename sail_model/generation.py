@@ -25,7 +25,10 @@ class TileGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Each prompt `expand_size` times, for beams or sampled sequences. Its tiles follow it, encoded once."""
+        """Each prompt `expand_size` times, for beams or sampled sequences. Its tiles follow it, encoded once.
+
+        Raises ValueError where tiles and image tokens, or the rows of a filled cache and the sequences, differ.
+        """
         if kwargs.get("mm_encoder_outputs") is not None:
             raise ValueError("SailVL2: give pixel_values or image_features to generate, not mm_encoder_outputs")
         check_rows(kwargs.get("past_key_values"), expand_size * len(input_ids))
@@ -41,9 +44,12 @@ class TileGenerationMixin(GenerationMixin):
         return expanded, kwargs | {name: tiles for name, tiles in given if tiles is not None}
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, tokenizer: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The inputs of one step; of the tiles, those whose image tokens are not in the cache yet."""
+        """The inputs of one step; of the tiles, those whose image tokens are not in the cache yet.
+
+        `tokenizer` is what `generate` takes for its `stop_strings`, and nothing for the model.
+        """
         library: Any = super()
         inputs: dict[str, Any] = library.prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
@@ -56,6 +62,7 @@ class TileGenerationMixin(GenerationMixin):
         return inputs
 
     def _assisted_decoding(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
+        """docs/decisions, model-kept-cache-assisted."""
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
                 "SailVL2: assisted decoding needs empty past_key_values: transformers would put the prompt's tokens"

@@ -322,6 +322,7 @@ def test_from_messages_to_an_answer(processor: SailVL2Processor) -> None:
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    stop = dict(stop_strings=["\n\n\n\n"], tokenizer=processor.tokenizer)
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False, **stop)
     assert inputs["input_ids"].shape[1] < ids.shape[1] <= inputs["input_ids"].shape[1] + 3
     assert isinstance(processor.decode(ids[0, inputs["input_ids"].shape[1] :]), str)
