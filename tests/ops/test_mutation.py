@@ -104,7 +104,7 @@ MUTANTS = {
         "z_loss", HOST + "loss.cpp", HOST + "loss.cpp", "(1 + 2 * h.z_loss * lse)", "1"
     ),
     "only the last chunk in the head's gradient": Mutant(
-        "linear_cross_entropy_chunks", HOST + "loss.cpp", HOST + "loss.cpp", "x_nD, first > 0)", "x_nD, false)"
+        "linear_cross_entropy_chunks", HOST + "loss.cpp", HOST + "loss.cpp", "x, n, first > 0)", "x, n, false)"
     ),
     "ties to the higher id": Mutant(
         "route_topk", "routing.cpp", "routing.cpp", "best[i] > best[v]", "best[i] >= best[v]"
