@@ -164,6 +164,20 @@ def test_a_run_that_is_terminated_says_what_it_has(tmp_path: Path, answers: list
     assert lines(tmp_path)[-1] == {"verdict": want, "partial": True}
 
 
+def test_a_test_that_hangs_has_a_limit_where_pytest_knows_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in (True, False):
+        monkeypatch.setattr(check, "runs", lambda *_, known=known: known)
+        command = check.command_of(stages()["graphs, streams, memory"], {}, 100, Path("none"))
+        assert ("--timeout=120" in command) == known
+    contact_command = check.command_of(stages()["contact"], {}, 100, Path("here"))
+    assert contact_command[-4:] == ["--out", "here", "--budget", "90.0"]
+
+
+def test_wheels_are_wheels(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="SAIL_WHEELS: got '.*', which has no wheels, want a folder of them"):
+        check.unpacked(tmp_path)
+
+
 @pytest.mark.parametrize("triton", [True, False], ids=["with_triton", "without"])
 def test_neither_library_nor_nvcc(
     tmp_path: Path,
