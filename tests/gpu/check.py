@@ -177,7 +177,7 @@ def run(name: str, stage: Stage, report: Report, environment: dict[str, str], de
             os.killpg(process.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):  # the driver may hold a process for good
                 process.wait(10)
-        report.ended(name, status, time.monotonic() - start)
+        report.ended(name, status, time.monotonic() - start, limit)
         report.measured(name, measurements, partial=status != "ok")
         report.say(report.output(begin, stage.shown if status == "ok" else max(TAIL, stage.shown)))
         report.trim(begin)

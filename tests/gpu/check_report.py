@@ -42,11 +42,12 @@ class Report:
         with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def ended(self, stage: str, status: str, seconds: float = 0.0, reason: str = "") -> None:
+    def ended(self, stage: str, status: str, seconds: float = 0.0, limit: float = 0.0, reason: str = "") -> None:
         """A stage has the status, and on the terminal a line."""
         self.statuses[stage] = status
         partial = status in CUT_SHORT
-        self.record(stage=stage, status=status, seconds=round(seconds, 1), partial=partial, reason=reason)
+        times = {"seconds": round(seconds, 1), "limit": round(limit, 1)}
+        self.record(stage=stage, status=status, **times, partial=partial, reason=reason)
         self.say(f"{status:12} {seconds:5.0f} s  {stage}{': ' if reason else ''}{reason}")
 
     def measured(self, stage: str, path: Path, partial: bool) -> None:
