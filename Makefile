@@ -12,6 +12,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# what a build prints that is worth a line: which libraries and why, each object, errors
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+PIP_BUILD := $(PY) -m pip install --disable-pip-version-check --verbose --constraint constraints.txt
+SHOW := | sed -unE 's/^ *(sail_ops: .*|\[[0-9]+\/[0-9]+\] .{0,90}|.*\b(error|Error)\b.*)/\1/p'
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 INSTALL_INPUTS := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml constraints.txt
 
@@ -59,11 +64,11 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(INSTALL_INPUTS)
-	$(PIP_INSTALL) --editable '.[train]'
+	$(PIP_BUILD) --editable '.[train]' $(SHOW)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(INSTALL_INPUTS)
-	$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	$(PIP_BUILD) --editable '.[train,bench,dev]' $(SHOW)
 	$(PIP_INSTALL) --no-deps triton  # its interpreter and compiler need no GPU; a CPU build of torch does not bring it
 	$(PIP_INSTALL) --no-deps dashscope  # for the tokenizer's vocabulary; the 28 packages it asks for are not needed
 	touch $@ $(VENV)/.demo

@@ -1,11 +1,13 @@
 """CMake builds the libraries; this file only drives it and says where they go.
 
-SAIL_OPS_CUDA=AUTO|ON|OFF   SAIL_OPS_CUDA_ARCHS="80;90a" (or TORCH_CUDA_ARCH_LIST="8.0 9.0a")
+SAIL_OPS_CUDA=AUTO|ON|OFF (AUTO: where nvcc is found and the installed torch is a CUDA build)
+SAIL_OPS_CUDA_ARCHS="80;90a" (or TORCH_CUDA_ARCH_LIST="8.0 9.0a")
 SAIL_OPS_CUTLASS=OFF|ON (after `pip install --no-deps nvidia-cutlass`)   MAX_JOBS=n   CMAKE_ARGS="..."
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -26,6 +28,25 @@ def cuda_archs() -> str:
     return ";".join(dict.fromkeys(archs))
 
 
+def cuda_wanted() -> tuple[bool, str]:
+    """Whether to build the CUDA library, and why: minutes of compiling are for those who can use it."""
+    asked = os.environ.get("SAIL_OPS_CUDA", "AUTO").upper()
+    if asked not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"SAIL_OPS_CUDA: got {asked!r}, want AUTO, ON or OFF")
+    if asked != "AUTO":
+        return asked == "ON", f"SAIL_OPS_CUDA={asked}"
+    if shutil.which("nvcc") is None:
+        return False, "no nvcc on PATH"
+    # torch is not to be imported in an isolated build, but pip leaves the outer environment's folder in sysconfig
+    version = Path(sysconfig.get_paths()["purelib"]) / "torch" / "version.py"
+    if not version.exists():
+        return False, "no torch is installed here; SAIL_OPS_CUDA=ON builds it all the same"
+    cuda = re.search(r"^cuda\b.*=\s*'([\d.]+)'", version.read_text(), re.M)
+    if cuda is None:
+        return False, "the installed torch is not a CUDA build; SAIL_OPS_CUDA=ON builds it all the same"
+    return True, f"nvcc is here and torch is built for CUDA {cuda[1]}"
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs with CMake; `build/cmake` is kept, so the next build is incremental."""
 
@@ -35,7 +56,12 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = ["cmake", "-GNinja", "-S", str(ROOT), "-B", str(build)]
-        configure += [f"-DSAIL_OPS_CUDA={os.environ.get('SAIL_OPS_CUDA', 'AUTO')}"]
+        cuda, reason = cuda_wanted()
+        print(
+            f"sail_ops: CPU library; CUDA library {'for sm_' + cuda_archs() if cuda else 'not built'}: {reason}",
+            flush=True,
+        )
+        configure += [f"-DSAIL_OPS_CUDA={'ON' if cuda else 'OFF'}"]
         configure += [f"-DSAIL_OPS_CUTLASS={os.environ.get('SAIL_OPS_CUTLASS', 'OFF')}"]
         configure += [f"-DCMAKE_PREFIX_PATH={sysconfig.get_paths()['purelib']}/cutlass_library/source"]
         configure += [f"-DSAIL_OPS_CUDA_ARCHS={cuda_archs()}", *os.environ.get("CMAKE_ARGS", "").split()]

@@ -38,8 +38,7 @@ HEADLINES = (
     Headline("RMSNorm, D 4096", "norm", BF16 | {"op": "rms_norm", "D": 4096}, {"torch": "torch", "liger": "Liger"}),
 )
 LEGEND = """\
-bf16, forward and backward: ours in ms, then the peers' times over it. flash, cuDNN: torch's SDPA by that backend.
-Every other case: `python -m benchmarks.report DEVICE`, DEVICE a folder of benchmarks/results."""
+bf16, forward and backward: ours in ms, then the peers' times over it. flash, cuDNN: torch's SDPA by that backend."""
 
 
 def card_table(devices: dict[str, dict[str, Row]]) -> str:

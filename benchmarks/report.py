@@ -1,8 +1,8 @@
 """Tables, verdict and chart from the results that a benchmark run leaves in results/<device>/<family>.json.
 
-python -m benchmarks.report            writes the blocks between README.md's bench:<family> markers, and the chart;
-                                       bench:cards has a row for every card, bench:targets what was aimed at
-python -m benchmarks.report --check    exits with 1 where README.md does not match the results
+python -m benchmarks.report            writes RESULTS.md, every table of every device, and README.md's blocks between
+                                       bench:targets (six of those that were aimed at) and bench:cards markers
+python -m benchmarks.report --check    exits with 1 where one of the two does not match the results
 python -m benchmarks.report DEVICE     prints the tables of every family in results/DEVICE/, a card's say
 """
 
@@ -24,11 +24,18 @@ from benchmarks.tables import (
     table,
     variant_table,
 )
-from benchmarks.targets import target_table
+from benchmarks.targets import headline_table, target_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README_DEVICE = "cpu-amd-epyc-avx512_bf16-2t"  # whose results README shows
+TITLES = {
+    "moe": "The expert layer",
+    "attention": "Attention",
+    "norm": "Norms, rotary embedding and activation",
+    "loss": "Head and loss",
+    "step": "A whole decoder layer",
+}
 MARKERS = "<!-- bench:{}:start -->", "<!-- bench:{}:end -->"
 NOTICE = "<!-- written by `python -m benchmarks.report`; do not edit -->"
 LEGEND = """\
@@ -131,7 +138,7 @@ def _tick(case: Row) -> str:
 
 
 def moe_block(results: Row, source: str) -> str:
-    """README's part on the expert layer."""
+    """The page's part on the expert layer."""
     chosen = infos(results, "moe", dtype="bf16", routing="uniform")
     others = [i for i in infos(results, "moe") if i not in chosen]
     return f"""Measured on {provenance(results)} All rows, with every sample: [{source}.json]({source}.json).
@@ -156,7 +163,7 @@ def moe_block(results: Row, source: str) -> str:
 
 
 def family_block(results: Row, source: str, family: str) -> str:
-    """README's part on any other family: its table and where it comes from."""
+    """The page's part on any other family: its table and where it comes from."""
     return f"""{TABLES[family](results)}
 
 Measured on {provenance(results)} Every sample: [{source}.json]({source}.json)."""
@@ -171,17 +178,36 @@ def cards_block() -> str:
     return f"{cards.card_table(devices)}\n\n{cards.LEGEND}"
 
 
+def kept(device: str) -> dict[str, Row]:
+    """The results of a device by family; a demo's lie there too, and are no benchmark."""
+    paths = sorted(path for path in (RESULTS / device).glob("*.json") if path.stem in ("moe", *TABLES))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def page() -> str:
+    """RESULTS.md: of every CPU what was aimed at and every table, then of every card what its runs printed."""
+    devices = sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir())
+    parts = [f"# Results\n\n{NOTICE}"]
+    for device in (name for name in devices if not name.startswith("cuda-")):
+        families = kept(device)
+        parts += [f"## {device}", "### Aimed at, and reached", target_table(families)]
+        for family in ("moe", *TABLES):
+            if family in families:
+                source = f"results/{device}/{family}"
+                block = moe_block(families[family], source) if family == "moe" else None
+                parts += [f"### {TITLES[family]}", block or family_block(families[family], source, family)]
+    for device in (name for name in devices if name.startswith("cuda-")):
+        parts += [f"## {device}", *(summary(results) for results in kept(device).values())]
+    return "\n\n".join(parts) + "\n"
+
+
 def blocks() -> dict[str, str]:
     """README's parts by marker; ValueError where the results of one are missing."""
-    found, kept = {}, {}
+    families = kept(README_DEVICE)
     for family in ("moe", *TABLES):
-        source = RESULTS / README_DEVICE / f"{family}.json"
-        if not source.exists():
-            raise ValueError(f"{source.relative_to(ROOT)} is missing: run `make bench` on that device")
-        kept[family] = results = json.loads(source.read_text())
-        path = str(source.relative_to(ROOT).with_suffix(""))
-        found[family] = moe_block(results, path) if family == "moe" else family_block(results, path, family)
-    return found | {"targets": target_table(kept), "cards": cards_block()}
+        if family not in families:
+            raise ValueError(f"benchmarks/results/{README_DEVICE}/{family}.json is missing: run `make bench` there")
+    return {"targets": headline_table(families, README_DEVICE), "cards": cards_block()}
 
 
 def updated(readme: str) -> str:
@@ -197,35 +223,35 @@ def updated(readme: str) -> str:
 
 def show(device: str) -> int:
     """Print what is kept of a device."""
-    # a demo's results (training/results.py) lie here too, and are no benchmark
-    kept = sorted(path for path in (RESULTS / device).glob("*.json") if not path.stem.startswith("demo"))
-    for path in kept:
-        print(f"# {path.stem}\n\n{summary(json.loads(path.read_text()))}\n")
-    if not kept:
+    families = kept(device)
+    for family, results in families.items():
+        print(f"# {family}\n\n{summary(results)}\n")
+    if not families:
         print(f"no results of {device}; there are: {', '.join(sorted(p.name for p in RESULTS.iterdir()))}")
-    return int(not kept)
+    return int(not families)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write or check README's blocks; the exit status."""
+    """Write or check the two pages; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is out of date")
     parser.add_argument("device", nargs="?", help="a folder of benchmarks/results")
     options = parser.parse_args(arguments)
     if options.device:
         return show(options.device)
-    check = options.check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    readme, tables = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
     try:
-        wanted = updated(text)
+        wanted = {readme: updated(readme.read_text()), tables: page()}
     except ValueError as error:
         print(error)
         return 1
-    if check:
-        print(f"README.md {'matches' if wanted == text else 'does not match'} {RESULTS.relative_to(ROOT)}")
-        return int(wanted != text)
-    readme.write_text(wanted)
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if options.check:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        print(f"out of date: {names}" if stale else f"README.md and RESULTS.md match {RESULTS.relative_to(ROOT)}")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(wanted[path])
     moe = RESULTS / README_DEVICE / "moe.json"
     chart(json.loads(moe.read_text()), moe.with_suffix(".png"))
     return 0

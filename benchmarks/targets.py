@@ -9,13 +9,14 @@ Results = Mapping[str, Row]  # by family
 
 
 class Target(NamedTuple):
-    """`reached(results)` is to be at least `wanted`, or at most where `most`."""
+    """`reached(results)` is to be at least `wanted`, or at most where `most`. `headline`: this family's in README."""
 
     what: str
     wanted: float
     measure: str
     reached: Callable[[Results], float]
     most: bool = False
+    headline: str = ""
 
 
 def expert_row(results: Results, key: str, dtype: str = "bf16", routing: str = "uniform", **case: object) -> float:
@@ -86,39 +87,60 @@ def train(T: int) -> dict[str, object]:
 TARGETS = [
     Target("forward, T = 1", 0.85, "of the read bandwidth", lambda r: expert_row(r, "of_read_bandwidth", T=1)),
     Target("forward, T = 16", 0.80, "of the read bandwidth", lambda r: expert_row(r, "of_read_bandwidth", T=16)),
-    Target("forward, T = 1024", 0.85, "of dense mm", lambda r: expert_row(r, "of_dense_mm", T=1024)),
+    Target("forward, T = 1024", 0.85, "of dense mm", lambda r: expert_row(r, "of_dense_mm", T=1024), headline="moe"),
     Target("the same in fp32", 0.85, "of dense mm", lambda r: expert_row(r, "of_dense_mm", "fp32", T=1024)),
     Target("training, T = 128", 2.5, "x grouped_mm's fastest row", lambda r: fastest(r, "grouped_mm", 128)),
-    Target("training, T = 512", 2.0, "x grouped_mm's fastest row", lambda r: fastest(r, "grouped_mm", 512)),
+    Target(
+        "training, T = 512", 2.0, "x grouped_mm's fastest row", lambda r: fastest(r, "grouped_mm", 512), headline="moe"
+    ),
     Target("the same", 2.8, "x eager + unbind's fastest row", lambda r: fastest(r, "eager_unbind", 512)),
     Target("the same, dW in place", 0.65, "of dense mm", lambda r: expert_row(r, "of_dense_mm", **train(512))),
-    Target("training, T = 128, both adding into dW", 3.0, "x grouped_mm", lambda r: in_place(r, 128)),
+    Target("training, T = 128, both adding into dW", 3.0, "x grouped_mm", lambda r: in_place(r, 128), headline="moe"),
     Target("training, T = 512, both adding into dW", 3.0, "x grouped_mm", lambda r: in_place(r, 512)),
     Target("Zipf routing, slowest row", 1.2, "x uniform's time", zipf, most=True),
     Target("saved for backward", 1.0, "of the design's formula", lambda r: memory(r, "saved"), most=True),
     Target("transient memory", 1.0, "of the design's formula", lambda r: memory(r, "transient"), most=True),
     Target("attention, S = 1024", 1.6, "x SDPA", lambda r: attention(r, "S1024-forward", "S1024-train")),
-    Target("attention, S = 4096", 1.6, "x SDPA", lambda r: attention(r, "S4096-forward", "S4096-train")),
+    Target(
+        "attention, S = 4096",
+        1.6,
+        "x SDPA",
+        lambda r: attention(r, "S4096-forward", "S4096-train"),
+        headline="attention",
+    ),
     Target("attention, ragged pack", 1.6, "x SDPA's best", lambda r: attention(r, "ragged-forward", "ragged-train")),
     Target("norms, slowest in bf16", 0.8, "of a copy", lambda r: norm(r, "bf16")),
     Target("norms, slowest in fp32", 0.8, "of a copy", lambda r: norm(r, "fp32")),
     Target("head and loss", 1.3, "x F.cross_entropy in fp32", lambda r: loss(r, "speedup")),
-    Target("head and loss, peak memory", 0.1, "of F.cross_entropy's", lambda r: loss(r, "peak"), most=True),
-    Target("whole decoder layer", 1.5, "x transformers", lambda r: step(r, "speedup")),
+    Target(
+        "head and loss, peak memory", 0.1, "of F.cross_entropy's", lambda r: loss(r, "peak"), most=True, headline="loss"
+    ),
+    Target("whole decoder layer", 1.5, "x transformers", lambda r: step(r, "speedup"), headline="step"),
     Target("whole decoder layer, peak memory", 1.0, "of transformers'", lambda r: step(r, "peak"), most=True),
 ]
 
 
+COLUMNS = ["bf16 unless named", "target", "reached", "met"]
+
+
 def target_table(results: Results) -> str:
     """A line a target: what was wanted, and what the kept results reach."""
-    lines = []
-    for t in TARGETS:
-        wanted = f"{'at most ' if t.most else ''}{t.wanted:g} {t.measure}"
-        try:
-            value = t.reached(results)
-        except (LookupError, ValueError):  # no such row
-            lines.append([t.what, wanted, "not measured", ""])
-            continue
-        met = value <= t.wanted if t.most else value >= t.wanted
-        lines.append([t.what, wanted, f"{value:.2f}", "yes" if met else "no"])
-    return table(["bf16 unless named", "target", "reached", "met"], lines)
+    return table(COLUMNS, [line(target, results) for target in TARGETS])
+
+
+def headline_table(results: Results, device: str) -> str:
+    """README's lines, each with its source."""
+    source = f"benchmarks/results/{device}"
+    lines = [[*line(t, results), f"[{t.headline}.json]({source}/{t.headline}.json)"] for t in TARGETS if t.headline]
+    return table([*COLUMNS, f"source, of {device}"], lines)
+
+
+def line(target: Target, results: Results) -> list[str]:
+    """What was aimed at, the target, what is reached, whether that is met."""
+    wanted = f"{'at most ' if target.most else ''}{target.wanted:g} {target.measure}"
+    try:
+        value = target.reached(results)
+    except (LookupError, ValueError):  # no such row
+        return [target.what, wanted, "not measured", ""]
+    met = value <= target.wanted if target.most else value >= target.wanted
+    return [target.what, wanted, f"{value:.2f}", "yes" if met else "no"]

@@ -18,7 +18,7 @@ Ctrl-C or SIGTERM writes a checkpoint first. The run's folder holds checkpoints/
 def main(arguments: Sequence[str]) -> None:
     """Parse, put the parts together, train."""
     recipe, out, start = cli.read(cli.parser("training", DESCRIPTION, out="runs/train"), arguments)
-    train(recipe, assemble(recipe), out, start)
+    train(recipe, assemble(recipe, start), out, start)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from sail_model import (
     train_tokenizer,
 )
 from sail_model.tokenizer import IMAGE_CONTEXT, IMAGE_END
-from training.data import PictureReader, Record, Split, easy_vqa, jsonl_records
+from training import checkpoint
+from training.data import PictureReader, Record, Split, easy_vqa, fingerprint, jsonl_records
 from training.errors import InputError
 from training.packing import IGNORE, Branch, Sample, split_to_fit
 from training.recipes import Recipe
@@ -59,6 +60,7 @@ class Parts:
     model: SailVL2ForConditionalGeneration
     samples: list[Sample[Path]]
     reader: PictureReader
+    data: dict[str, Any]  # the fingerprint of all records, held-out ones too
 
     @property
     def pad_id(self) -> int:
@@ -66,15 +68,31 @@ class Parts:
         return int(self.processor.tokenizer.pad_token_id)
 
 
-def assemble(recipe: Recipe) -> Parts:
-    """Data, tokenizer, and a model with random weights; equal on every rank. Raises InputError for unknown names."""
-    if recipe.model not in MODELS:
-        raise InputError(f"Recipe: model: got {recipe.model!r}, want one of {', '.join(MODELS)}")
-    records = load_records(recipe.data, "train")
-    processor = build_processor(recipe.model, records)
+def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
+    """Data, tokenizer, and a model with random weights; equal on every rank.
+
+    With a checkpoint to go on from, tokenizer, image processor and configuration are its own: trained anew on a file
+    that somebody has edited, the same ids would mean other text. Raises InputError for unknown names, and where the
+    data is not what the checkpoint was trained on.
+    """
+    records, data = load_records(recipe.data, "train"), fingerprint(all_records(recipe.data))
+    if start is None:
+        if recipe.model not in MODELS:
+            raise InputError(f"Recipe: model: got {recipe.model!r}, want one of {', '.join(MODELS)}")
+        processor = build_processor(recipe.model, records)
+        config = build_config(recipe.model, processor)
+    else:
+        checkpoint.check_data(start, recipe.data, data)
+        processor = SailVL2Processor.from_pretrained(start / checkpoint.MODEL)
+        config = SailVL2Config.from_pretrained(start / checkpoint.MODEL)
     torch.manual_seed(recipe.seed)
-    model = SailVL2ForConditionalGeneration(build_config(recipe.model, processor))
-    return Parts(processor, model, encode(records, processor, recipe.stream_length), picture_reader(processor))
+    model = SailVL2ForConditionalGeneration(config)
+    return Parts(processor, model, encode(records, processor, recipe.stream_length), picture_reader(processor), data)
+
+
+def all_records(data: str) -> list[Record]:
+    """The records of a source, those to train on and those to test on."""
+    return [*easy_vqa("train"), *easy_vqa("test")] if data == "easy_vqa" else jsonl_records(Path(data))
 
 
 def load_records(data: str, split: Split) -> list[Record]:
@@ -84,7 +102,7 @@ def load_records(data: str, split: Split) -> list[Record]:
     """
     if data == "easy_vqa":
         return easy_vqa(split)
-    records = jsonl_records(Path(data))
+    records = all_records(data)
     if split == "test" and len(records) < 2:
         raise InputError(f"{data}: got {len(records)} record, want at least 2: one to train on, one to test")
     edge = max(1, len(records) * 9 // 10)

@@ -1,11 +1,15 @@
 """Checkpoints that are either whole or not there: written aside, flushed to disk, renamed; `latest` moves last.
 
 A crash at any moment leaves the previous checkpoint and its `latest` pointer as they were.
-Layout: <root>/step-00000100/{trainer.json, engine/, rng-0.pt, ...} and <root>/latest holding "step-00000100".
+Layout: <root>/step-00000100/{trainer.json, model/, engine/, rng-0.pt, ...} and <root>/latest holding "step-00000100".
+model/ is what gives the weights' numbers their meaning: config, tokenizer and image processor. A resumed run takes them
+from there, and refuses data that is not what the checkpoint was trained on.
 """
 
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,8 @@ from training.errors import InputError
 FOLDER = "checkpoints"
 LATEST = "latest"
 TRAINER = "trainer.json"
+MODEL = "model"
+PACKAGES = ("torch", "transformers", "deepspeed", "sail-ops")
 
 
 def step_name(step: int) -> str:
@@ -60,6 +66,24 @@ def check_world(checkpoint: Path, state: dict[str, Any], world: int) -> None:
     """Raises InputError where the checkpoint was written by another number of processes than `world`."""
     if state["world"] != world:
         raise InputError(f"--resume: {checkpoint}: written by {state['world']} processes, this run has {world}")
+
+
+def check_data(checkpoint: Path, source: str, found: dict[str, Any]) -> None:
+    """Raises InputError where the data is not what the checkpoint was trained on (`training.data.fingerprint`)."""
+    trained = read_state(checkpoint).get("data")
+    if trained is None or not (checkpoint / MODEL).is_dir():
+        raise InputError(f"--resume: {checkpoint}: too old, it has no {MODEL}/ folder or no fingerprint of its data")
+    if trained != found:
+        was, now = (f"{data['records']} records, sha256 {data['sha256'][:12]}" for data in (trained, found))
+        raise InputError(
+            f"--resume: {checkpoint}: trained on {was}, but {source} has {now}; a run goes on with its own data alone:"
+            f" bring that back, or start a new run"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a run's numbers."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def publish(

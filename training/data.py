@@ -1,6 +1,8 @@
 """Pictures and questions: easy-vqa as records, pictures read from disk, an endless resumable feed of streams."""
 
+import hashlib
 import json
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -67,6 +69,19 @@ def jsonl_records(path: Path) -> list[Record]:
     if not records:
         raise InputError(f"{path}: no records")
     return records
+
+
+def fingerprint(records: Sequence[Record]) -> dict[str, Any]:
+    """Number and SHA-256 of the records: questions, answers, and the pictures' paths below their common folder.
+
+    Moving the data does not change it; what is in a picture is not looked at.
+    """
+    root = os.path.commonpath([record.picture.parent.absolute() for record in records])
+    digest = hashlib.sha256()
+    for record in records:
+        picture = os.path.relpath(record.picture.absolute(), root)
+        digest.update(json.dumps([picture, record.questions]).encode())
+    return {"records": len(records), "sha256": digest.hexdigest()}
 
 
 def _record(entry: Any, folder: Path) -> Record:

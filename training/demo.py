@@ -16,7 +16,7 @@ from training.device import is_first
 from training.evaluate import Accuracy, exact_match, majority_baseline, question_only_baseline
 from training.plots import plot_curves
 from training.recipes import Recipe
-from training.run import MODEL, train
+from training.run import train
 from training.trainer import METRICS
 
 DESCRIPTION = """Train a small SAIL-VL2-MoE on easy-vqa through DeepSpeed (ZeRO-2, optimizer in CPU memory), measure
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     began = time.perf_counter()
     recipe, out, start = cli.read(cli.parser("training.demo", DESCRIPTION, out="runs/demo"), arguments)
     train_records, test_records = (load_records(recipe.data, split) for split in ("train", "test"))
-    parts = assemble(recipe)
+    parts = assemble(recipe, start)
     encode(test_records, parts.processor, recipe.stream_length)  # a question that does not fit is said before training
     first_step = 0 if start is None else checkpoint.read_state(start)["step"]
     last = train(recipe, parts, out, start)
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(results_table(measured))
     kept = results.write(out, results.figures(recipe, parts, first_step, seconds, measured))
-    places = {"results": kept, "curves": out / CURVES, "model": out / MODEL, "checkpoint": last}
+    places = {"results": kept, "curves": out / CURVES, "model": out / checkpoint.MODEL, "checkpoint": last}
     console.print("\n".join(f"{name:<12}{place}" for name, place in places.items()), soft_wrap=True)
-    console.print(f"\n{one_answer(out / MODEL, parts.reader, test_records)}", soft_wrap=True)
+    console.print(f"\n{one_answer(out / checkpoint.MODEL, parts.reader, test_records)}", soft_wrap=True)
     console.print(f"\ntraining {seconds['training']:.0f} s, all {time.perf_counter() - began:.0f} s")
 
 

@@ -4,7 +4,6 @@
 (demo-blank.json for a run that was trained without looking).
 """
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from sail_ops import _library
 from training import cli
 from training.assemble import Parts
-from training.checkpoint import replace_file
+from training.checkpoint import replace_file, versions
 from training.errors import InputError
 from training.evaluate import Accuracy
 from training.recipes import Recipe
@@ -27,7 +26,6 @@ from training.recipes import Recipe
 RESULTS = "results.json"
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "transformers", "deepspeed", "sail-ops")
 
 
 def figures(
@@ -42,8 +40,7 @@ def figures(
         "isa": _library.cpu_isa(),
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "commit": commit(),
         "recipe": recipe.as_dict() | {"data": Path(recipe.data).name},
         "first_step": first_step,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from training.assemble import Parts
-from training.checkpoint import replace_folder
+from training.checkpoint import MODEL, replace_folder
 from training.data import StreamFeed
 from training.device import is_first, start_processes
 from training.engines.deepspeed import DeepSpeedEngine
@@ -14,8 +14,6 @@ from training.loss import TrainedModel
 from training.metrics import FlopCount
 from training.recipes import Recipe
 from training.trainer import Trainer
-
-MODEL = "model"
 
 
 def train(recipe: Recipe, parts: Parts, out: Path, start: Path | None = None) -> Path:
@@ -28,7 +26,7 @@ def train(recipe: Recipe, parts: Parts, out: Path, start: Path | None = None) ->
     flops = FlopCount(parts.model, parts.model.config)
     engine = DeepSpeedEngine(TrainedModel(parts.model), recipe)
     feed = StreamFeed(parts.samples, recipe.stream_length, recipe.seed)
-    trainer = Trainer(recipe, out, engine, feed, parts.reader, flops, parts.pad_id)
+    trainer = Trainer(recipe, out, engine, feed, parts, flops)
     if start is not None:
         trainer.load(start)
     checkpoint = trainer.fit()

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training import checkpoint
-from training.data import PictureReader, StreamFeed
+from training.assemble import Parts
+from training.data import StreamFeed
 from training.device import is_first, sum_over_ranks
 from training.engines.deepspeed import DeepSpeedEngine
 from training.interrupt import SIGNALS, Interrupted, Watch
@@ -46,12 +47,10 @@ class Trainer:
         out: Path,
         engine: DeepSpeedEngine,
         feed: StreamFeed,
-        reader: PictureReader,
+        parts: Parts,
         flops: FlopCount,
-        pad_id: int,
     ) -> None:
-        self.recipe, self.out, self.engine, self.feed, self.reader = recipe, out, engine, feed, reader
-        self.flops, self.pad_id = flops, pad_id
+        self.recipe, self.out, self.engine, self.feed, self.parts, self.flops = recipe, out, engine, feed, parts, flops
         self.dtype = getattr(torch, recipe.dtype)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.step = 0
@@ -91,11 +90,16 @@ class Trainer:
             "recipe": self.recipe.as_dict(),
             "feed": self.feed.state_dict(),
             "world": self.world,
+            "data": self.parts.data,
+            "versions": checkpoint.versions(),
         }
 
         def write(folder: Path) -> None:
             self.engine.save(folder)
             torch.save({"torch": torch.get_rng_state()}, folder / f"rng-{self.rank}.pt")
+            if is_first():
+                self.parts.processor.save_pretrained(folder / checkpoint.MODEL)
+                self.parts.model.config.save_pretrained(folder / checkpoint.MODEL)
 
         root = self.out / checkpoint.FOLDER
         return checkpoint.publish(root, self.step, state, write, is_first=is_first(), barrier=dist.barrier)
@@ -107,6 +111,10 @@ class Trainer:
         """
         state = checkpoint.read_state(folder)
         checkpoint.check_world(folder, state, self.world)
+        then, now = state["versions"], checkpoint.versions()
+        changed = [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
+        if changed and is_first():
+            print(f"{folder}: written with {'; '.join(changed)}: the curve may differ by rounding")
         self.engine.load(folder)
         self.feed.load_state_dict(state["feed"])
         torch.set_rng_state(torch.load(folder / f"rng-{self.rank}.pt")["torch"])
@@ -159,8 +167,8 @@ class Trainer:
         return [streams[start : start + width] for start in starts]
 
     def _batch(self, streams: list[list[Any]]) -> tuple[PackedBatch, Tensor, int]:
-        batch = pack(streams, self.pad_id)
-        pixels, skipped = self.reader.fill(batch, blank=self.recipe.blank_pictures)
+        batch = pack(streams, self.parts.pad_id)
+        pixels, skipped = self.parts.reader.fill(batch, blank=self.recipe.blank_pictures)
         return batch, pixels.to(self.dtype), skipped
 
     def _line(self, report: StepReport, seconds: float, figures: dict[str, float]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../torch/activation.h"
 #include "rows.h"
 
 namespace sail::cpu {
@@ -12,9 +13,9 @@ constexpr int64_t kPiece = 8192;  // elements: 16-32 KiB of each argument, enoug
 struct Pieces {
   int64_t rows, width, per_row, bytes;
 
-  Pieces(std::initializer_list<const Rows*> all, int64_t element) : bytes(element) {
-    const Rows& first = **all.begin();
-    const bool dense = std::all_of(all.begin(), all.end(), [=](const Rows* r) { return r->dense(element); });
+  Pieces(std::initializer_list<const StridedRows*> all, int64_t element) : bytes(element) {
+    const StridedRows& first = **all.begin();
+    const bool dense = std::all_of(all.begin(), all.end(), [=](const StridedRows* r) { return r->dense(element); });
     rows = dense && first.count() ? 1 : first.count();
     width = dense ? first.count() * first.width() : first.width();
     per_row = (width + kPiece - 1) / kPiece;
@@ -31,21 +32,12 @@ struct Pieces {
   }
 };
 
-void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& gate) {
-  c.same_device(arg, t, gate);
-  c.dtype(arg, t, gate.dtype());
-  c.that(t.dim() == gate.dim() && std::equal(gate.sizes(), gate.sizes() + gate.dim(), t.sizes()), arg,
-         "shape " + shape_text(t), "shape " + shape_text(gate));
-}
-
 Tensor swiglu(const Tensor& gate, const Tensor& up) {
   const Check c("swiglu");
-  const DType dtype = c.real("gate", gate);
-  const Rows g(c, "gate", gate);
-  check_like(c, "up", up, gate);
-  const Rows u(c, "up", up);
+  const DType dtype = check_swiglu(c, gate, up);
+  const StridedRows g(c, "gate", gate), u(c, "up", up);
   Tensor out = huge_like(gate);
-  const Rows o(c, "out", out);
+  const StridedRows o(c, "out", out);
   const auto kernel = activation_kernels().swiglu[static_cast<int>(dtype)];
   const bool stream = streams(c, out, g.width());
   Pieces({&g, &u, &o}, element_size(dtype)).parallel([&](int64_t row, int64_t at, int64_t n) {
@@ -56,13 +48,11 @@ Tensor swiglu(const Tensor& gate, const Tensor& up) {
 
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up) {
   const Check c("swiglu_backward");
-  const DType dtype = c.real("gate", gate);
-  const Rows g(c, "gate", gate);
-  check_like(c, "up", up, gate);
-  check_like(c, "grad", grad, gate);
-  const Rows u(c, "up", up), d(c, "grad", grad);
+  const DType dtype = check_swiglu(c, gate, up);
+  c.like("grad", grad, gate);
+  const StridedRows g(c, "gate", gate), u(c, "up", up), d(c, "grad", grad);
   Tensor dgate = huge_like(gate), dup = huge_like(gate);
-  const Rows dg(c, "dgate", dgate), du(c, "dup", dup);
+  const StridedRows dg(c, "dgate", dgate), du(c, "dup", dup);
   const auto kernel = activation_kernels().swiglu_backward[static_cast<int>(dtype)];
   const bool stream = streams(c, dgate, g.width()) && streams(c, dup, g.width());
   Pieces({&d, &g, &u, &dg, &du}, element_size(dtype)).parallel([&](int64_t row, int64_t at, int64_t n) {

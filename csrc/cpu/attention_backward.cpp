@@ -1,6 +1,7 @@
 // Attention's gradients on the CPU. A task is a part of one sequence and key/value head: some of its row blocks, in a
 // fixed order, added into dk and dv of its own, so that nothing depends on which thread does what. How many parts there
 // are depends on the shapes alone; where there are several, their dk and dv are added at the end.
+#include "../torch/attention.h"
 #include "attention.h"
 #include "kernels/experts.h"
 
@@ -110,48 +111,30 @@ void backward(const Attention& a, const Gradients& g) {
   run_tasks(sums, a.threads(), 0, [&](const Sum& s, char*) { store_sums(a, *s.first, s.n0, s.n1, s.first->sums, g); });
 }
 
-void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& q) {
-  c.same_device(arg, t, q);
-  c.dtype(arg, t, q.dtype());
-  c.that(t.dim() == q.dim() && std::equal(q.sizes(), q.sizes() + q.dim(), t.sizes()), arg, "shape " + shape_text(t),
-         "shape " + shape_text(q));
-  c.contiguous(arg, t);
-}
-
 // Of the two public forms, which differ in the sequences and in lse's shape alone.
 std::tuple<Tensor, Tensor, Tensor> backward_tensors(const Check& c, const Attention& a, const Tensor& dout,
-                                                    const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+                                                    const OptTensor& dlse, const Tensor& q, const Tensor& k,
                                                     const Tensor& out, const Tensor& lse,
                                                     std::initializer_list<int64_t> lse_shape) {
-  check_like(c, "dout", dout, q);
-  check_like(c, "out", out, q);
-  const auto check_lse = [&](const char* arg, const Tensor& t) {
-    c.dtype(arg, t, aoti_torch_dtype_float32());
-    c.shape(arg, t, lse_shape);
-    c.contiguous(arg, t);
-    c.same_device(arg, t, q);
-  };
-  check_lse("lse", lse);
-  if (dlse) check_lse("dlse", *dlse);
+  check_attention_results(c, dout, dlse, q, out, lse, lse_shape);
   Tensor dq = q.empty_like(), dk = k.empty_like(), dv = k.empty_like();
   backward(a, {heads_of(dout, a.bytes), heads_of(out, a.bytes), heads_of(dq, a.bytes), heads_of(dk, a.bytes),
                heads_of(dv, a.bytes), lse.ptr<const float>(), dlse ? dlse->ptr<const float>() : nullptr});
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const std::optional<Tensor>& dlse,
-                                                      const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& out, const Tensor& lse, double scale, bool causal) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const OptTensor& dlse, const Tensor& q,
+                                                      const Tensor& k, const Tensor& v, const Tensor& out,
+                                                      const Tensor& lse, double scale, bool causal) {
   const Check c("attention_backward");
   const Attention a = check_attention(c, q, k, v, scale, causal);
   return backward_tensors(c, a, dout, dlse, q, k, out, lse, {q.size(0), a.H, q.size(1)});
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& dout, const std::optional<Tensor>& dlse,
-                                                             const Tensor& q, const Tensor& k, const Tensor& v,
-                                                             const Tensor& out, const Tensor& lse, const Tensor& cu_q,
-                                                             const Tensor& cu_k, int64_t max_q, int64_t max_k,
-                                                             double scale, bool causal) {
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& dout, const OptTensor& dlse, const Tensor& q,
+                                                             const Tensor& k, const Tensor& v, const Tensor& out,
+                                                             const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k,
+                                                             int64_t max_q, int64_t max_k, double scale, bool causal) {
   const Check c("attention_varlen_backward");
   const Attention a = check_attention_varlen(c, q, k, v, cu_q, cu_k, max_q, max_k, scale, causal);
   return backward_tensors(c, a, dout, dlse, q, k, out, lse, {a.H, q.size(0)});

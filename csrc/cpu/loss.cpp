@@ -148,8 +148,7 @@ Tensor gradient_of(const Tensor& t, bool needed, const Head& h) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hidden, const Tensor& lm_head,
-                                                                const Tensor& labels,
-                                                                const std::optional<Tensor>& scale,
+                                                                const Tensor& labels, const OptTensor& scale,
                                                                 int64_t ignore_index, double z_loss, bool need_dhidden,
                                                                 bool need_dlm_head) {
   const Check c("linear_cross_entropy");

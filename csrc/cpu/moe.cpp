@@ -16,14 +16,14 @@ float value_at(const Tensor& t, int64_t offset) {
 }
 
 // A stable counting sort of the T * K ids by expert; ids outside [0, E) own no row.
-Rows route(const Check& c, const Tensor& ids, const Tensor& weights, const Tensor& x, int64_t E) {
+RoutedRows route(const Check& c, const Tensor& ids, const Tensor& weights, const Tensor& x, int64_t E) {
   const int64_t T = x.size(0), K = check_routing(c, ids, weights, x);
   const bool wide = c.is_int64("ids", ids);
   const auto id = [&](int64_t t, int64_t k) {
     const int64_t at = t * ids.stride(0) + k * ids.stride(1);
     return wide ? ids.ptr<const int64_t>()[at] : ids.ptr<const int32_t>()[at];
   };
-  Rows rows;
+  RoutedRows rows;
   rows.K = K;
   rows.offsets.assign(E + 1, 0);
   for (int64_t t = 0; t < T; t++)
@@ -44,9 +44,9 @@ Rows route(const Check& c, const Tensor& ids, const Tensor& weights, const Tenso
 }
 
 // Rows that come sorted, with cumulative ends; rows past the last end are the tail.
-Rows sorted_rows(const Check& c, const Tensor& offsets, const OptTensor& weights, const Tensor& x, int64_t E) {
+RoutedRows sorted_rows(const Check& c, const Tensor& offsets, const OptTensor& weights, const Tensor& x, int64_t E) {
   check_sorted(c, offsets, weights, x, E);
-  Rows rows;
+  RoutedRows rows;
   rows.offsets = read_offsets(c, offsets, x, E);
   rows.flat.resize(rows.count());
   rows.weight.assign(rows.count(), 1.f);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& gate_up,
                                          const std::optional<double>& clamp, bool save_h) {
   const Check c("fused_experts");
   const Layer l = make_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
-  const Rows rows = route(c, ids, weights, x, l.E);
+  const RoutedRows rows = route(c, ids, weights, x, l.E);
   Tensor y = x.empty({l.T, l.D}, x.dtype()), h = saved_h(l, x, l.T * rows.K, save_h);
   experts_forward(l, rows, false, save_h ? h.ptr<char>() : nullptr, y.ptr<char>());
   return {std::move(y), std::move(h)};
@@ -79,15 +79,15 @@ std::tuple<Tensor, Tensor> grouped_experts(const Tensor& x, const Tensor& gate_u
                                            int64_t activation, const std::optional<double>& clamp, bool save_h) {
   const Check c("grouped_experts");
   const Layer l = make_layer(c, x, {gate_up, up, gate_up_bias, down_bias, down, activation, clamp});
-  const Rows rows = sorted_rows(c, offsets, weights, x, l.E);
+  const RoutedRows rows = sorted_rows(c, offsets, weights, x, l.E);
   Tensor y = x.empty({l.T, l.D}, x.dtype()), h = saved_h(l, x, l.T, save_h);
   experts_forward(l, rows, true, save_h ? h.ptr<char>() : nullptr, y.ptr<char>());
   return {std::move(y), std::move(h)};
 }
 
-Grads backward(const Check& c, const Layer& l, const Rows& rows, bool sorted, const ExpertWeights& w, const Tensor& dy,
-               const Tensor& x, const Tensor& h, int64_t needs, const OptTensor& main_gate_up, const OptTensor& main_up,
-               const OptTensor& main_down) {
+Grads backward(const Check& c, const Layer& l, const RoutedRows& rows, bool sorted, const ExpertWeights& w,
+               const Tensor& dy, const Tensor& x, const Tensor& h, int64_t needs, const OptTensor& main_gate_up,
+               const OptTensor& main_up, const OptTensor& main_down) {
   const bool saved = check_saved(c, l, dy, x, h, sorted ? l.T : l.T * rows.K);
   const auto outputs = [&](const auto& weights) {
     const auto empty = [](const Tensor& like, const int64_t (&sizes)[3], int32_t dt) {
@@ -118,7 +118,7 @@ Grads fused_experts_backward(const Tensor& dy, const Tensor& x, const Tensor& ga
   const Check c("fused_experts_backward");
   const ExpertWeights w{gate_up, up, gate_up_bias, down_bias, down, activation, clamp};
   const Layer l = make_layer(c, x, w);
-  const Rows rows = route(c, ids, weights, x, l.E);
+  const RoutedRows rows = route(c, ids, weights, x, l.E);
   return backward(c, l, rows, false, w, dy, x, h, needs, main_gate_up, main_up, main_down);
 }
 
@@ -130,7 +130,7 @@ Grads grouped_experts_backward(const Tensor& dy, const Tensor& x, const Tensor& 
   const Check c("grouped_experts_backward");
   const ExpertWeights w{gate_up, up, gate_up_bias, down_bias, down, activation, clamp};
   const Layer l = make_layer(c, x, w);
-  const Rows rows = sorted_rows(c, offsets, weights, x, l.E);
+  const RoutedRows rows = sorted_rows(c, offsets, weights, x, l.E);
   if (!weights) needs &= ~kNeedWeights;
   return backward(c, l, rows, true, w, dy, x, h, needs, main_gate_up, main_up, main_down);
 }

@@ -13,7 +13,7 @@ enum Kind { kDx, kDgate, kDup, kDdown, kBias };
 
 struct Pass {
   const Layer& l;
-  const Rows& rows;
+  const RoutedRows& rows;
   const char *dy, *h;
   const Gradients& g;
   bool sorted;
@@ -141,7 +141,7 @@ int64_t second_scratch(const Pass& p) {
 }
 }  // namespace
 
-void experts_backward(const Layer& l, const Rows& rows, bool sorted, const char* dy, const char* h,
+void experts_backward(const Layer& l, const RoutedRows& rows, bool sorted, const char* dy, const char* h,
                       const Gradients& g) {
   Pass p{l, rows, dy, h, g, sorted};
   std::vector<Task> first;

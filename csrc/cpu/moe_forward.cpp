@@ -7,7 +7,7 @@ constexpr int64_t kUpColumns = 64;     // a task's gate and up rows, 4 KB each a
 constexpr int64_t kDownColumns = 128;  // likewise of down
 
 // a = act(x . gate^T) * (x . up^T), keeping the pre-activation in h where it is wanted
-void up_projection(const Layer& l, const Rows& rows, char* h, char* a) {
+void up_projection(const Layer& l, const RoutedRows& rows, char* h, char* a) {
   std::vector<Task> tasks;
   for (int32_t e = 0; e < l.E; e++)
     for_pieces(0, l.F, kUpColumns, [&](int64_t n0, int64_t n1) {
@@ -22,7 +22,7 @@ void up_projection(const Layer& l, const Rows& rows, char* h, char* a) {
 }
 
 // y[r] = a[r] . down^T + bias, times the row's weight where `weighted`
-void down_projection(const Layer& l, const Rows& rows, const char* a, bool weighted, char* y) {
+void down_projection(const Layer& l, const RoutedRows& rows, const char* a, bool weighted, char* y) {
   std::vector<Task> tasks;
   for (int32_t e = 0; e < l.E; e++)
     for_pieces(0, l.D, kDownColumns, [&](int64_t n0, int64_t n1) {
@@ -44,14 +44,14 @@ void down_projection(const Layer& l, const Rows& rows, const char* a, bool weigh
 }
 
 // [T * K]: the row of a (token, slot), -1 where it is dropped
-std::vector<int32_t> inverse(const Layer& l, const Rows& rows) {
+std::vector<int32_t> inverse(const Layer& l, const RoutedRows& rows) {
   std::vector<int32_t> row_of(l.T * rows.K, -1);
   for (int64_t r = 0; r < rows.count(); r++) row_of[rows.flat[r]] = static_cast<int32_t>(r);
   return row_of;
 }
 }  // namespace
 
-void up_block(const Layer& l, const Rows& rows, const Task& t, float* scratch, char* h, char* a) {
+void up_block(const Layer& l, const RoutedRows& rows, const Task& t, float* scratch, char* h, char* a) {
   const int dt = static_cast<int>(l.dtype);
   const int64_t M = t.m1 - t.m0, n = t.n1 - t.n0;
   const void* x_rows[kOuterRows];
@@ -69,7 +69,7 @@ void up_block(const Layer& l, const Rows& rows, const Task& t, float* scratch, c
                                       l.clamp, h_gate, h_up, 2 * l.F, a, l.F});
 }
 
-void combine_tokens(const Layer& l, const Rows& rows, const char* per_row, bool weighted, char* out) {
+void combine_tokens(const Layer& l, const RoutedRows& rows, const char* per_row, bool weighted, char* out) {
   const std::vector<int32_t> row_of = inverse(l, rows);
   const int64_t K = rows.K;
   const auto kernel = expert_kernels().combine[static_cast<int>(l.dtype)];
@@ -94,7 +94,7 @@ void combine_tokens(const Layer& l, const Rows& rows, const char* per_row, bool 
   }
 }
 
-void experts_forward(const Layer& l, const Rows& rows, bool sorted, char* h, char* y) {
+void experts_forward(const Layer& l, const RoutedRows& rows, bool sorted, char* h, char* y) {
   const int64_t R = rows.count();
   const Buffer a(R * l.F * l.bytes);
   up_projection(l, rows, h, a.get());

@@ -16,7 +16,7 @@
 namespace sail::cpu {
 
 // Rows in expert order: expert e owns rows offsets[e] .. offsets[e + 1].
-struct Rows {
+struct RoutedRows {
   std::vector<int32_t> offsets;  // [E + 1]
   std::vector<int32_t> flat;     // [R]: index t * K + k of the row's (token, slot); for sorted rows the row itself
   std::vector<float> weight;     // [R]
@@ -27,7 +27,7 @@ struct Rows {
 struct Layer : ExpertLayer {
   int threads;
 
-  const char* x_row(const Rows& rows, int64_t r) const { return x + rows.flat[r] / rows.K * x_row_bytes; }
+  const char* x_row(const RoutedRows& rows, int64_t r) const { return x + rows.flat[r] / rows.K * x_row_bytes; }
   const char* bias(int which, int64_t e) const {
     return gate_up_bias ? gate_up_bias + (e * 2 + which) * F * bytes : nullptr;
   }

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <memory>
 
+#include "../torch/norm.h"
 #include "rows.h"
 
 namespace sail::cpu {
 namespace {
-using OptTensor = std::optional<Tensor>;
 using NormKernel = void (*const (&)[3])(const NormRow&);
 using BackwardKernel = void (*const (&)[3])(const NormBackwardRows&);
 
@@ -19,33 +19,18 @@ constexpr int64_t kParallelFrom = 32768;  // elements; below, starting the threa
 
 int threads(int64_t elements) { return elements < kParallelFrom ? 1 : num_threads(); }
 
-void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& x) {
-  c.same_device(arg, t, x);
-  c.dtype(arg, t, x.dtype());
-  c.that(t.dim() == x.dim() && std::equal(x.sizes(), x.sizes() + x.dim(), t.sizes()), arg, "shape " + shape_text(t),
-         "shape " + shape_text(x));
-}
-
-void check_vector(const Check& c, const char* arg, const Tensor& t, const Tensor& x) {
-  c.same_device(arg, t, x);
-  c.dtype(arg, t, x.dtype());
-  c.shape(arg, t, {x.size(-1)});
-  c.contiguous(arg, t);
-}
-
 // (norm(x), nothing), or (norm(x + residual), the sum)
 std::pair<Tensor, OptTensor> forward(const Check& c, NormKernel kernels, const Tensor& x, const Tensor* residual,
                                      const Tensor& weight, const OptTensor& bias, double eps) {
-  const Rows in(c, "x", x);
-  std::optional<Rows> in2, out2;
-  if (residual) check_like(c, "residual", *residual, x), in2.emplace(c, "residual", *residual);
-  check_vector(c, "weight_D", weight, x);
-  if (bias) check_vector(c, "bias_D", *bias, x);
+  const DType dtype = check_norm(c, x, residual, weight, bias);
+  const StridedRows in(c, "x", x);
+  std::optional<StridedRows> in2, out2;
+  if (residual) in2.emplace(c, "residual", *residual);
   Tensor y = huge_like(x);
-  const Rows out(c, "y", y);
+  const StridedRows out(c, "y", y);
   OptTensor sum;
   if (residual) sum.emplace(huge_like(x)), out2.emplace(c, "sum", *sum);
-  const auto kernel = kernels[static_cast<int>(c.real("x", x))];
+  const auto kernel = kernels[static_cast<int>(dtype)];
 #pragma omp parallel for num_threads(threads(x.numel()))
   for (int64_t r = 0; r < in.count(); r++)
     kernel({in[r], in2 ? (*in2)[r] : nullptr, weight.data(), bias ? bias->data() : nullptr, out[r],
@@ -102,17 +87,14 @@ struct ColumnSums {
 std::tuple<Tensor, Tensor, Tensor> backward(const Check& c, BackwardKernel kernels, const Tensor& grad,
                                             const OptTensor& grad_sum, const Tensor& x, const Tensor& weight,
                                             double eps, bool need_dx, bool need_dweight, bool need_dbias) {
-  const Rows in(c, "x", x);
-  check_like(c, "grad", grad, x);
-  const Rows in_grad(c, "grad", grad);
-  std::optional<Rows> in_sum, out;
-  if (grad_sum) check_like(c, "grad_sum", *grad_sum, x), in_sum.emplace(c, "grad_sum", *grad_sum);
-  check_vector(c, "weight_D", weight, x);
+  const DType dtype = check_norm_backward(c, grad, grad_sum, x, weight);
+  const StridedRows in(c, "x", x), in_grad(c, "grad", grad);
+  std::optional<StridedRows> in_sum, out;
+  if (grad_sum) in_sum.emplace(c, "grad_sum", *grad_sum);
   const int64_t rows = in.count(), none[] = {0};
   Tensor dx = need_dx ? huge_like(x) : x.empty(none, x.dtype());
   if (need_dx) out.emplace(c, "dx", dx);
   ColumnSums dweight(weight, need_dweight, rows), dbias(weight, need_dbias, rows);
-  const DType dtype = c.real("x", x);
   const auto kernel = kernels[static_cast<int>(dtype)];
   const bool stream = need_dx && streams(c, dx, in.width());
 #pragma omp parallel for num_threads(threads(x.numel()))

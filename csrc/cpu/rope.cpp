@@ -11,7 +11,6 @@
 
 namespace sail::cpu {
 namespace {
-using OptTensor = std::optional<Tensor>;
 // Tokens that share one partial dweight: fixed, so that it has the same bits for any number of threads.
 constexpr int64_t kTokens = 16;
 
@@ -95,7 +94,7 @@ struct Side {
         A(x_.size(-1)) {
     if (grad) check_head_grad(c, grad_arg, *grad, x);
     if (!weight_) return;
-    check_vector(c, weight_arg, *weight_, x, A);
+    c.vector(weight_arg, *weight_, x, A);
     weight.resize(A);
     rope_kernels().widen[static_cast<int>(c.real(arg, x))](weight_->data(), A, weight.data());
   }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../torch/routing.h"
 #include "rows.h"
 
 namespace sail::cpu {
@@ -18,55 +19,29 @@ using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 int threads(int64_t blocks) { return blocks < 2 ? 1 : num_threads(); }
 
 // out[t, k] = ids[t, k], each in [0, E)
-void read_ids(const Check& c, const Tensor& ids, int64_t T, int64_t K, int64_t E, int64_t* out) {
-  c.shape("ids_TK", ids, {T, K});
-  c.contiguous("ids_TK", ids);
-  const bool wide = c.is_int64("ids_TK", ids);
+void read_ids(const Check& c, const Tensor& ids, int64_t T, int64_t K, const Tensor& logits, int64_t* out) {
+  const bool wide = check_ids(c, ids, T, K, logits);
   for (int64_t i = 0; i < T * K; i++) {
     out[i] = wide ? ids.ptr<const int64_t>()[i] : ids.ptr<const int32_t>()[i];
-    if (out[i] < 0 || out[i] >= E)
-      c.fail("ids_TK", "id " + std::to_string(out[i]), "ids in [0, " + std::to_string(E) + ")");
+    check_id(c, out[i], logits.size(1));
   }
 }
 
-const bool* read_mask(const Check& c, const std::optional<Tensor>& mask, int64_t T, const Tensor& logits) {
-  if (!mask) return nullptr;
-  c.same_device("mask_T", *mask, logits);
-  c.shape("mask_T", *mask, {T});
-  c.dtype("mask_T", *mask, aoti_torch_dtype_bool());
-  c.contiguous("mask_T", *mask);
-  return mask->ptr<const bool>();
-}
-
-const float* read_floats(const Check& c, const char* arg, const std::optional<Tensor>& t,
-                         std::initializer_list<int64_t> shape, const Tensor& logits) {
-  if (!t) return nullptr;
-  c.same_device(arg, *t, logits);
-  c.shape(arg, *t, shape);
-  c.dtype(arg, *t, aoti_torch_dtype_float32());
-  c.contiguous(arg, *t);
-  return t->ptr<const float>();
-}
-
-Routed route_topk(const Tensor& logits, int64_t K, bool renormalize, const std::optional<Tensor>& bias,
-                  const std::optional<Tensor>& replay, const std::optional<Tensor>& mask) {
+Routed route_topk(const Tensor& logits, int64_t K, bool renormalize, const OptTensor& bias, const OptTensor& replay,
+                  const OptTensor& mask) {
   const Check c("route_topk");
-  c.rank("logits_TE", logits, 2);
-  const DType dtype = c.real("logits_TE", logits);
-  const Rows in(c, "logits_TE", logits);
+  const DType dtype = check_logits(c, logits);
+  const StridedRows in(c, "logits_TE", logits);
   const int64_t T = logits.size(0), E = logits.size(1), padded = routing_padded(E);
-  c.that(K >= 1 && K <= E, "k", std::to_string(K), "1 <= k <= E = " + std::to_string(E));
-  const float* bias_E = read_floats(c, "bias_E", bias, {E}, logits);
-  const bool* mask_T = read_mask(c, mask, T, logits);
+  check_top_k(c, K, E);
+  const float* bias_E = check_floats(c, "bias_E", bias, {E}, logits);
+  const bool* mask_T = check_mask(c, mask, T, logits);
   const int64_t by_token[] = {T, K}, by_expert[] = {E};
   Tensor weights = logits.empty(by_token, aoti_torch_dtype_float32());
   Tensor ids = logits.empty(by_token, aoti_torch_dtype_int64());
   Tensor counts = logits.empty(by_expert, aoti_torch_dtype_int64());
   Tensor prob_sum = logits.empty(by_expert, aoti_torch_dtype_float32());
-  if (replay) {
-    c.same_device("ids_TK", *replay, logits);
-    read_ids(c, *replay, T, K, E, ids.ptr<int64_t>());
-  }
+  if (replay) read_ids(c, *replay, T, K, logits, ids.ptr<int64_t>());
 
   const int64_t blocks = (T + kBlock - 1) / kBlock;
   const int n_threads = threads(blocks);
@@ -94,22 +69,20 @@ Routed route_topk(const Tensor& logits, int64_t K, bool renormalize, const std::
   return {std::move(weights), std::move(ids), std::move(counts), std::move(prob_sum)};
 }
 
-Tensor route_topk_backward(const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_prob_sum,
-                           const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& mask,
-                           bool renormalize) {
+Tensor route_topk_backward(const OptTensor& grad_weights, const OptTensor& grad_prob_sum, const Tensor& logits,
+                           const Tensor& ids, const OptTensor& mask, bool renormalize) {
   const Check c("route_topk_backward");
-  c.rank("logits_TE", logits, 2);
+  const DType dtype = check_logits(c, logits);
   c.rank("ids_TK", ids, 2);
-  const DType dtype = c.real("logits_TE", logits);
-  const Rows in(c, "logits_TE", logits);
+  const StridedRows in(c, "logits_TE", logits);
   const int64_t T = logits.size(0), E = logits.size(1), K = ids.size(1), padded = routing_padded(E);
-  const float* dweights = read_floats(c, "grad_weights_TK", grad_weights, {T, K}, logits);
-  const float* dsum = read_floats(c, "grad_prob_sum_E", grad_prob_sum, {E}, logits);
-  const bool* mask_T = read_mask(c, mask, T, logits);
+  const float* dweights = check_floats(c, "grad_weights_TK", grad_weights, {T, K}, logits);
+  const float* dsum = check_floats(c, "grad_prob_sum_E", grad_prob_sum, {E}, logits);
+  const bool* mask_T = check_mask(c, mask, T, logits);
   std::vector<int64_t> checked_ids(T * K);
-  read_ids(c, ids, T, K, E, checked_ids.data());
+  read_ids(c, ids, T, K, logits, checked_ids.data());
   Tensor dlogits = logits.empty_like();
-  const Rows out(c, "dlogits", dlogits);
+  const StridedRows out(c, "dlogits", dlogits);
 
   const int n_threads = threads((T + kBlock - 1) / kBlock);
   std::vector<float> padded_dsum(padded), scratch(n_threads * 2 * padded);

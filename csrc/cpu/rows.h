@@ -18,9 +18,9 @@ inline bool streams(const Check& c, const Tensor& result, int64_t width) {
   return aligned && 2 * result.numel() * element > cache;
 }
 
-class Rows {
+class StridedRows {
  public:
-  Rows(const Check& c, const char* arg, const Tensor& t) {
+  StridedRows(const Check& c, const char* arg, const Tensor& t) {
     c.rows(arg, t);
     width_ = t.size(-1);
     count_ = t.numel() / width_;

@@ -1,17 +1,11 @@
 // SwiGLU on CUDA. The work is cut into pieces of a row, or of the whole tensor where all arguments are contiguous.
 #include "kernels/activation.cuh"
 
-#include "../torch/rows.h"
+#include "../torch/activation.h"
 #include "launch.h"
 
 namespace sail::cuda {
 namespace {
-DType check_gate(const Check& c, const Tensor& gate) {
-  const DType dtype = c.real("gate", gate);
-  c.rows("gate", gate);
-  return dtype;
-}
-
 void launch_swiglu(const Check& c, DType dtype, SwiGLU a, const Tensor& gate, bool backward) {
   if (!gate.numel()) return;
   int64_t rows = gate.numel() / gate.size(-1);
@@ -37,8 +31,7 @@ void launch_swiglu(const Check& c, DType dtype, SwiGLU a, const Tensor& gate, bo
 
 Tensor swiglu_cuda(const Tensor& gate, const Tensor& up) {
   const Check c("swiglu");
-  const DType dtype = check_gate(c, gate);
-  check_like(c, "up", up, gate);
+  const DType dtype = check_swiglu(c, gate, up);
   Tensor out = gate.empty_like();
   SwiGLU a = {};
   a.gate = gate.data(), a.up = up.data(), a.out = out.data();
@@ -49,9 +42,8 @@ Tensor swiglu_cuda(const Tensor& gate, const Tensor& up) {
 
 std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& grad, const Tensor& gate, const Tensor& up) {
   const Check c("swiglu_backward");
-  const DType dtype = check_gate(c, gate);
-  check_like(c, "up", up, gate);
-  check_like(c, "grad", grad, gate);
+  const DType dtype = check_swiglu(c, gate, up);
+  c.like("grad", grad, gate);
   Tensor dgate = gate.empty_like(), dup = gate.empty_like();
   SwiGLU a = {};
   a.gate = gate.data(), a.up = up.data(), a.grad = grad.data(), a.dgate = dgate.data(), a.dup = dup.data();

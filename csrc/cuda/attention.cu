@@ -16,8 +16,6 @@ constexpr int64_t kMostHeadDim = 128, kMostTokens = 1 << 30;  // of the kernels;
 constexpr int64_t kFewQueries = 8;                            // up to so many are split over the keys
 constexpr int64_t kLeastKeys = 256;                           // of a split: four tiles
 
-using OptTensor = std::optional<Tensor>;
-
 HeadRows heads_of(const Tensor& t) {
   const int64_t d = t.dim();
   return {t.data(), d == 4 ? t.stride(0) : 0, t.stride(d - 3), t.stride(d - 2)};
@@ -132,25 +130,12 @@ std::tuple<Tensor, Tensor> attention_varlen_cuda(const Tensor& q, const Tensor& 
   return {std::move(out), std::move(lse)};
 }
 
-void check_like(const Check& c, const char* arg, const Tensor& t, const Tensor& q) {
-  c.same_device(arg, t, q);
-  c.dtype(arg, t, q.dtype());
-  c.that(t.dim() == q.dim() && std::equal(q.sizes(), q.sizes() + q.dim(), t.sizes()), arg, "shape " + shape_text(t),
-         "shape " + shape_text(q));
-  c.contiguous(arg, t);
-  c.that(aligned(2, {t.data()}, {}), arg, "an address that is no multiple of 16", "one that is");
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward(const Check& c, const Attention& problem, const Tensor& dout,
                                             const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& out,
                                             const Tensor& lse, std::initializer_list<int64_t> lse_shape) {
-  check_like(c, "dout", dout, q), check_like(c, "out", out, q);
-  for (const auto& [arg, t] : {std::pair<const char*, const Tensor*>{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
-    c.dtype(arg, *t, aoti_torch_dtype_float32());
-    c.shape(arg, *t, lse_shape);
-    c.contiguous(arg, *t);
-    c.same_device(arg, *t, q);
-  }
+  check_attention_results(c, dout, dlse, q, out, lse, lse_shape);
+  for (const auto& [arg, t] : {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}})
+    c.that(aligned(2, {t.data()}, {}), arg, "an address that is no multiple of 16", "one that is");
   const DeviceGuard guard(q.device_index());
   const Card card = card_of(c, q);
   Tensor dq = q.empty_like(), dk = k.empty_like(), dv = k.empty_like();

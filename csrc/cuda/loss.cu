@@ -73,8 +73,7 @@ void run(const LossSizes& s, const Tensor& hidden, const Tensor& lm_head, Softma
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cuda(const Tensor& hidden, const Tensor& lm_head,
-                                                                     const Tensor& labels,
-                                                                     const std::optional<Tensor>& scale,
+                                                                     const Tensor& labels, const OptTensor& scale,
                                                                      int64_t ignore_index, double z_loss,
                                                                      bool need_dhidden, bool need_dlm_head) {
   const Check c("linear_cross_entropy");

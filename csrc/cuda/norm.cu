@@ -1,12 +1,12 @@
 // The norms on CUDA: check, plan the rows of a block, launch. Nothing synchronizes, so a CUDA graph can hold it.
 #include "kernels/norm.cuh"
 
+#include "../torch/norm.h"
 #include "card.h"
 #include "rows.h"
 
 namespace sail::cuda {
 namespace {
-using OptTensor = std::optional<Tensor>;
 
 // Threads of a block of short rows: few, so that none waits for many rows. Not tuned, as no card has run it yet.
 constexpr int kForwardBlock = 128;
@@ -19,11 +19,8 @@ template <class F> void dispatch_rows(DType dtype, bool vectors, bool kept, F f)
   dispatch(dtype, vectors, [&](auto t, auto width) { kept ? f(t, width, Kept<true>{}) : f(t, width, Kept<false>{}); });
 }
 
-DType check_input(const Check& c, const Tensor& x) {
-  const DType dtype = c.real("x", x);
-  c.rows("x", x);
+void check_rows(const Check& c, const Tensor& x) {
   c.that(x.numel() / x.size(-1) <= INT32_MAX, "x", "shape " + shape_text(x), "at most 2147483647 rows");
-  return dtype;
 }
 
 template <bool kLayer>
@@ -47,10 +44,8 @@ template <bool kLayer>
 std::pair<Tensor, OptTensor> forward(const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight,
                                      const OptTensor& bias, double eps) {
   const Check c(op);
-  const DType dtype = check_input(c, x);
-  if (residual) check_like(c, "residual", *residual, x);
-  check_vector(c, "weight_D", weight, x, x.size(-1));
-  if (bias) check_vector(c, "bias_D", *bias, x, x.size(-1));
+  const DType dtype = check_norm(c, x, residual, weight, bias);
+  check_rows(c, x);
   Tensor y = x.empty_like();
   OptTensor sum;
   NormForward a = {};
@@ -87,11 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
                                             const Tensor& x, const Tensor& weight, double eps, bool need_dx,
                                             bool need_dweight, bool need_dbias) {
   const Check c(op);
-  const DType dtype = check_input(c, x);
-  check_like(c, "grad", grad, x);
-  if (grad_sum) check_like(c, "grad_sum", *grad_sum, x);
+  const DType dtype = check_norm_backward(c, grad, grad_sum, x, weight);
+  check_rows(c, x);
   const int64_t D = x.size(-1), rows = x.numel() / D;
-  check_vector(c, "weight_D", weight, x, D);
   const auto wanted = [&](bool need) { return weight.empty({need ? D : 0}, weight.dtype()); };
   Tensor dx = need_dx ? x.empty_like() : x.empty({0}, x.dtype());
   Tensor dweight = wanted(need_dweight), dbias = wanted(need_dbias);

@@ -10,7 +10,6 @@
 
 namespace sail::cuda {
 namespace {
-using OptTensor = std::optional<Tensor>;
 using Steps = std::vector<TokenSteps*>;
 
 // Joins neighboring dimensions of the tokens that one stride walks in every tensor: [B, S] is mostly one dimension, or
@@ -64,7 +63,7 @@ struct Call {
   }
 
   void weigh(const Tensor& q_weight, const Tensor& k_weight, const Tensor& q_, double eps) {
-    check_vector(c, "q_weight_A", q_weight, q_, a.A), check_vector(c, "k_weight_A", k_weight, q_, a.A);
+    c.vector("q_weight_A", q_weight, q_, a.A), c.vector("k_weight_A", k_weight, q_, a.A);
     a.q.weight = q_weight.data(), a.k.weight = k_weight.data(), a.eps = static_cast<float>(eps);
     vectors = vectors && aligned(element_size(dtype), {a.q.weight, a.k.weight}, {});
   }

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../torch/routing.h"
 #include "kernels/route_topk.cuh"
 #include "moe.h"
 
@@ -10,52 +11,28 @@ namespace sail::cuda {
 namespace {
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-DType check_logits(const Check& c, const Tensor& logits) {
-  c.rank("logits_TE", logits, 2);
-  const DType dtype = c.real("logits_TE", logits);
-  const int64_t E = logits.size(1);
-  c.rows("logits_TE", logits);
-  c.that(E <= kRouteMaxExperts, "logits_TE", "E = " + std::to_string(E),
+DType check_logits_cuda(const Check& c, const Tensor& logits) {
+  const DType dtype = check_logits(c, logits);
+  c.that(logits.size(1) <= kRouteMaxExperts, "logits_TE", "E = " + std::to_string(logits.size(1)),
          "at most " + std::to_string(kRouteMaxExperts) + " experts on a CUDA device");
   c.that(logits.size(0) <= INT32_MAX, "logits_TE", std::to_string(logits.size(0)) + " tokens", "at most 2147483647");
   return dtype;
 }
 
-void check_ids(const Check& c, const Tensor& ids, int64_t T, int64_t K, const Tensor& logits, cudaStream_t stream) {
-  c.same_device("ids_TK", ids, logits);
-  c.shape("ids_TK", ids, {T, K});
-  c.contiguous("ids_TK", ids);
-  const int64_t bytes = c.is_int64("ids_TK", ids) ? 8 : 4;
+// Their values under SAIL_OPS_CHECK=1 alone, which waits for the device.
+void check_ids_cuda(const Check& c, const Tensor& ids, int64_t T, int64_t K, const Tensor& logits,
+                    cudaStream_t stream) {
+  const int64_t bytes = check_ids(c, ids, T, K, logits) ? 8 : 4;
   if (!check_values()) return;
   std::vector<char> values(T * K * bytes);
   cudaMemcpyAsync(values.data(), ids.data(), values.size(), cudaMemcpyDeviceToHost, stream);
   cudaStreamSynchronize(stream);
   check_launch(c.op());
-  for (int64_t i = 0; i < T * K; i++) {
-    const int64_t id = bytes == 8 ? reinterpret_cast<const int64_t*>(values.data())[i]
-                                  : reinterpret_cast<const int32_t*>(values.data())[i];
-    if (id < 0 || id >= logits.size(1))
-      c.fail("ids_TK", "id " + std::to_string(id), "ids in [0, " + std::to_string(logits.size(1)) + ")");
-  }
-}
-
-const bool* check_mask(const Check& c, const OptTensor& mask, int64_t T, const Tensor& logits) {
-  if (!mask) return nullptr;
-  c.same_device("mask_T", *mask, logits);
-  c.shape("mask_T", *mask, {T});
-  c.dtype("mask_T", *mask, aoti_torch_dtype_bool());
-  c.contiguous("mask_T", *mask);
-  return mask->ptr<const bool>();
-}
-
-const float* check_floats(const Check& c, const char* arg, const OptTensor& t, std::initializer_list<int64_t> shape,
-                          const Tensor& logits) {
-  if (!t) return nullptr;
-  c.same_device(arg, *t, logits);
-  c.shape(arg, *t, shape);
-  c.dtype(arg, *t, aoti_torch_dtype_float32());
-  c.contiguous(arg, *t);
-  return t->ptr<const float>();
+  for (int64_t i = 0; i < T * K; i++)
+    check_id(c,
+             bytes == 8 ? reinterpret_cast<const int64_t*>(values.data())[i]
+                        : reinterpret_cast<const int32_t*>(values.data())[i],
+             logits.size(1));
 }
 
 template <class F> void dispatch_dtype(DType dtype, F f) {
@@ -65,14 +42,14 @@ template <class F> void dispatch_dtype(DType dtype, F f) {
 Routed route_topk_cuda(const Tensor& logits, int64_t K, bool renormalize, const OptTensor& bias,
                        const OptTensor& replay, const OptTensor& mask) {
   const Check c("route_topk");
-  const DType dtype = check_logits(c, logits);
+  const DType dtype = check_logits_cuda(c, logits);
   const int64_t T = logits.size(0), E = logits.size(1);
-  c.that(K >= 1 && K <= E, "k", std::to_string(K), "1 <= k <= E = " + std::to_string(E));
+  check_top_k(c, K, E);
   const float* bias_E = check_floats(c, "bias_E", bias, {E}, logits);
   const bool* mask_T = check_mask(c, mask, T, logits);
   const DeviceGuard guard(logits.device_index());
   const cudaStream_t stream = current_stream(c, logits);
-  if (replay) check_ids(c, *replay, T, K, logits, stream);
+  if (replay) check_ids_cuda(c, *replay, T, K, logits, stream);
 
   const int64_t by_token[] = {T, K}, by_expert[] = {E};
   Tensor weights = logits.empty(by_token, aoti_torch_dtype_float32());
@@ -113,7 +90,7 @@ Routed route_topk_cuda(const Tensor& logits, int64_t K, bool renormalize, const 
 Tensor route_topk_backward_cuda(const OptTensor& grad_weights, const OptTensor& grad_prob_sum, const Tensor& logits,
                                 const Tensor& ids, const OptTensor& mask, bool renormalize) {
   const Check c("route_topk_backward");
-  const DType dtype = check_logits(c, logits);
+  const DType dtype = check_logits_cuda(c, logits);
   c.rank("ids_TK", ids, 2);
   const int64_t T = logits.size(0), E = logits.size(1), K = ids.size(1);
   const float* dweights = check_floats(c, "grad_weights_TK", grad_weights, {T, K}, logits);
@@ -121,7 +98,7 @@ Tensor route_topk_backward_cuda(const OptTensor& grad_weights, const OptTensor& 
   const bool* mask_T = check_mask(c, mask, T, logits);
   const DeviceGuard guard(logits.device_index());
   const cudaStream_t stream = current_stream(c, logits);
-  check_ids(c, ids, T, K, logits, stream);
+  check_ids_cuda(c, ids, T, K, logits, stream);
   Tensor dlogits = logits.empty_like();
   if (!T) return dlogits;
   const RouteBackward a = {logits.data(),

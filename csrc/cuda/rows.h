@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "../torch/rows.h"
+#include "../torch/checks.h"
 #include "kernels/rows.cuh"
 #include "launch.h"
 

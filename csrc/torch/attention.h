@@ -1,6 +1,5 @@
 // What attention asks of its tensors on every device; strides, dtypes and head dims are each device's own.
 #pragma once
-#include <algorithm>
 #include <cmath>
 
 #include "checks.h"
@@ -17,6 +16,15 @@ inline void check_attention_shapes(const Check& c, const Tensor& q, const Tensor
   c.that(q.dim() != 4 || k.size(0) == q.size(0), "k", "shape " + shape_text(k),
          "a batch of " + std::to_string(q.size(0)) + ", as q has");
   c.that(std::isfinite(scale), "softmax_scale", std::to_string(scale), "a finite number");
+}
+
+// What the backward is given besides the forward's arguments.
+inline void check_attention_results(const Check& c, const Tensor& dout, const OptTensor& dlse, const Tensor& q,
+                                    const Tensor& out, const Tensor& lse, std::initializer_list<int64_t> lse_shape) {
+  c.like("dout", dout, q), c.contiguous("dout", dout);
+  c.like("out", out, q), c.contiguous("out", out);
+  c.floats("lse", lse, q, lse_shape);
+  if (dlse) c.floats("dlse", *dlse, q, lse_shape);
 }
 
 inline void check_cu_seqlens(const Check& c, const Tensor& cu_q, const Tensor& cu_k, const Tensor& q) {

@@ -1,9 +1,13 @@
 // Argument checks of every host function: a failed one throws std::invalid_argument (ValueError in Python) whose
 // message names the op, the argument, what was given and what is wanted.
 #pragma once
+#include <algorithm>
+#include <optional>
+
 #include "stable_abi.h"
 
 namespace sail {
+using OptTensor = std::optional<Tensor>;
 
 enum class DType { f32 = 0, bf16 = 1, f16 = 2 };  // index into kernel tables
 
@@ -77,6 +81,27 @@ class Check {
     if (t.dtype() == aoti_torch_dtype_int64()) return true;
     if (t.dtype() == aoti_torch_dtype_int32()) return false;
     fail(arg, dtype_name(t.dtype()), "int32 or int64");
+  }
+  // of x's device, dtype and shape
+  void like(const char* arg, const Tensor& t, const Tensor& x) const {
+    same_device(arg, t, x);
+    dtype(arg, t, x.dtype());
+    that(t.dim() == x.dim() && std::equal(x.sizes(), x.sizes() + x.dim(), t.sizes()), arg, "shape " + shape_text(t),
+         "shape " + shape_text(x));
+  }
+  // [n], contiguous, of x's device and dtype
+  void vector(const char* arg, const Tensor& t, const Tensor& x, int64_t n) const {
+    same_device(arg, t, x);
+    dtype(arg, t, x.dtype());
+    shape(arg, t, {n});
+    contiguous(arg, t);
+  }
+  // of this shape, contiguous, fp32, on x's device
+  void floats(const char* arg, const Tensor& t, const Tensor& x, std::initializer_list<int64_t> want) const {
+    same_device(arg, t, x);
+    shape(arg, t, want);
+    dtype(arg, t, aoti_torch_dtype_float32());
+    contiguous(arg, t);
   }
   void same_device(const char* arg, const Tensor& t, const Tensor& as) const {
     if (t.device_type() != as.device_type() || t.device_index() != as.device_index())

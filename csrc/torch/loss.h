@@ -1,8 +1,6 @@
 // What linear_cross_entropy's host code shares between devices: the checks of its arguments and the size of its chunks.
 // T tokens, D hidden, V vocabulary.
 #pragma once
-#include <algorithm>
-
 #include "checks.h"
 
 namespace sail {
@@ -40,10 +38,7 @@ inline void check_label(const Check& c, int64_t label, int64_t t, int64_t V, int
 
 // [T] in fp32
 inline const float* check_token_weights(const Check& c, const Tensor& weights, const Tensor& hidden) {
-  c.dtype("token_weights", weights, aoti_torch_dtype_float32());
-  c.shape("token_weights", weights, {hidden.size(0)});
-  c.contiguous("token_weights", weights);
-  c.same_device("token_weights", weights, hidden);
+  c.floats("token_weights", weights, hidden, {hidden.size(0)});
   return weights.ptr<const float>();
 }
 }  // namespace sail

@@ -6,7 +6,6 @@
 #include "checks.h"
 
 namespace sail {
-using OptTensor = std::optional<Tensor>;
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Bits of `needs`: which gradients are wanted; kOverwrite: main gradients are set, not added to.

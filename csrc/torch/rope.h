@@ -1,7 +1,7 @@
 // What the rotary embedding's host code shares between devices: the checks of its arguments, and where tokens lie.
 // A head dim; tokens are all dimensions of q [..., heads, A] before the last two.
 #pragma once
-#include "rows.h"
+#include "checks.h"
 
 namespace sail {
 constexpr int kMaxLead = 6;
@@ -44,12 +44,12 @@ inline DType check_heads(const Check& c, const char* arg, const Tensor& x, const
 }
 
 inline void check_head_grad(const Check& c, const char* arg, const Tensor& grad, const Tensor& x) {
-  check_like(c, arg, grad, x);
+  c.like(arg, grad, x);
   c.that(grad.stride(-1) == 1, arg, "strided heads", "a last dimension of stride 1");
 }
 
 // cos and sin, and the positions that index their rows; the positions' values are each device's to check
-inline DType check_tables(const Check& c, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& positions,
+inline DType check_tables(const Check& c, const Tensor& cos, const Tensor& sin, const OptTensor& positions,
                           const Tensor& q) {
   const DType dtype = c.real("cos", cos);
   const int64_t A = q.size(-1);

@@ -155,7 +155,7 @@ def test_report(tmp_path: Path) -> None:
     assert report.chart(results(), tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_blocks_are_replaced_and_checked(
+def test_pages_are_written_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "benchmarks" / "results" / report.README_DEVICE
@@ -164,7 +164,7 @@ def test_readme_blocks_are_replaced_and_checked(
     readme = tmp_path / "README.md"
     blocks = [
         f"{start.format(name)}\nold\n{end.format(name)}"
-        for name in (*families, "targets", "cards")
+        for name in ("targets", "cards")
         for start, end in [report.MARKERS]
     ]
     readme.write_text("before\n" + "\n".join(blocks) + "\nafter\n")
@@ -177,16 +177,27 @@ def test_readme_blocks_are_replaced_and_checked(
     assert report.main(["--check"]) == 1 and "\nold\n" in readme.read_text()
     assert report.main([]) == 0
     text = readme.read_text()
-    assert (
-        text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text and "2.00x to 4.00x" in text
-    )
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    page = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+    assert "2.00x to 4.00x" in page and f"## {report.README_DEVICE}" in page
+    (tmp_path / "benchmarks" / "RESULTS.md").write_text(page.replace("2.00x", "3.00x"))
+    assert report.main(["--check"]) == 1 and "out of date: benchmarks/RESULTS.md" in capsys.readouterr().out
+    assert report.main([]) == 0
     assert report.main(["--check"]) == 0
     card = folder.with_name("cuda-nvidia-h20")
     card.mkdir()
-    (card / "step.json").write_text(json.dumps(card_results("NVIDIA H20")["step"]))
+    info = results()["machine_info"] | {"card": {"name": "NVIDIA H20"}, "cuda": "13.0"}
+    (card / "moe.json").write_text(json.dumps(results() | {"machine_info": info, "benchmarks": []}))
     assert report.main(["--check"]) == 1 and report.main([]) == 0 and report.main(["--check"]) == 0
     assert "| NVIDIA H20 | not measured" in readme.read_text()
-    for name in ("norm", "cards"):
+    assert "## cuda-nvidia-h20" in (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+    another = folder.with_name("cpu-of-another-kind")
+    another.mkdir()
+    (another / "moe.json").write_text(json.dumps(results()))
+    assert report.main([]) == 0
+    page = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+    assert page.index("## cpu-amd") < page.index("## cpu-of-another-kind") < page.index("## cuda-nvidia-h20")
+    for name in ("targets", "cards"):
         readme.write_text(text.replace(report.MARKERS[0].format(name), ""))
         assert report.main(["--check"]) == 1 and f"bench:{name}:start" in capsys.readouterr().out
 

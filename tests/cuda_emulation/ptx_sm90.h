@@ -218,8 +218,8 @@ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* p, int32_t x, i
   load_box({&emu::block(), map, {x, y, z, w}, emu::shared_address(to)}, p, 4);
 }
 
-template <int kRegisters> void take_registers() { static_assert(kRegisters % 8 == 0 && kRegisters <= 256); }
-template <int kRegisters> void give_registers() { static_assert(kRegisters % 8 == 0 && kRegisters >= 24); }
+template <int kRegisters> void warpgroup_reg_alloc() { static_assert(kRegisters % 8 == 0 && kRegisters <= 256); }
+template <int kRegisters> void warpgroup_reg_dealloc() { static_assert(kRegisters % 8 == 0 && kRegisters >= 24); }
 
 // ---- wgmma: element (mn, k) of an operand, by its descriptor. Layouts in units of 16-bit elements, T = 8:
 //   K-major    ((8, m), (T, 2k)) : ((8T, SBO), (1, T))           128-byte swizzle

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sail_ops.integrations.transformers import register
-from sail_ops.testing import assert_accurate
+from sail_ops.integrations.transformers import attention, register
+from sail_ops.testing import CHANCE, assert_accurate
 
 transformers = pytest.importorskip("transformers")
 register()
@@ -106,6 +106,59 @@ def test_bidirectional_encoder() -> None:
         model = transformers.Aimv2VisionModel._from_config(config, attn_implementation=name).to(dtype)
         outs.append(model(images.to(dtype)).last_hidden_state.detach())
     assert_accurate(*outs, pool=64)
+
+
+@pytest.mark.parametrize("lengths", [(6, 4), (5, 5), (3, 8)], ids=["longer_source", "equal", "longer_target"])
+@pytest.mark.parametrize("kind", ["Bart", "Marian", "M2M100"])
+def test_cross_attention(kind: str, lengths: tuple[int, int]) -> None:
+    """Queries are another sequence's tokens: the source's padding is no padding of theirs."""
+    sizes = dict(vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, max_position_embeddings=32)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    plain = dict(init_std=0.5, pad_token_id=1, dropout=0.0, decoder_start_token_id=2)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **plain)
+    torch.manual_seed(0)
+    name = {"Marian": "MarianMTModel"}.get(kind, f"{kind}ForConditionalGeneration")
+    model = getattr(transformers, name)(config).eval()
+    source, target = (torch.randint(3, 96, (2, n), generator=torch.Generator().manual_seed(n)) for n in lengths)
+    real = torch.arange(lengths[0]) < torch.tensor([lengths[0], 2])[:, None]
+    outs = []
+    for implementation, dtype in (("sail", torch.float32), ("eager", torch.float64), ("eager", torch.float32)):
+        model.set_attn_implementation(implementation)
+        model.to(dtype)
+        with torch.no_grad():
+            out = model(input_ids=source, attention_mask=real.long(), decoder_input_ids=target, use_cache=False)
+        outs.append(out.logits.clone())
+        model.to(torch.float32)
+    assert_accurate(*outs, k=CHANCE)  # two stacks deep, roundings differ by chance; a wrong mask by the whole value
+
+
+@pytest.mark.parametrize("window", [21, 4096])
+def test_a_window_wider_than_the_text_changes_nothing(window: int) -> None:
+    options = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    inputs, padded = {"input_ids": ids(2, 21)}, torch.arange(21) >= torch.tensor([0, 8])[:, None]
+    wide, plain = decoder("sail", **options).eval(), decoder("sail").eval()
+    for mask in (None, padded.long()):
+        assert torch.equal(*(model(**inputs, attention_mask=mask).logits for model in (wide, plain)))
+    generated = (m.generate(ids(2, 9), max_new_tokens=12, do_sample=False) for m in (wide, plain))
+    assert torch.equal(*generated)
+
+
+def test_a_chunk_wider_than_the_text_changes_nothing() -> None:
+    from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay
+
+    chunks = and_masks(chunked_overlay(8, torch.zeros(2, dtype=torch.long)), causal_mask_function)
+    mask = attention.sail_attention_mask
+    assert mask(2, 8, 8, mask_function=chunks, local_size=8) is None
+    assert mask(2, 9, 9, mask_function=chunks, local_size=8).shape == (2, 0)
+    packed = and_masks(causal_mask_function, lambda b, h, q, k: q // 4 == k // 4)
+    assert mask(2, 8, 8, mask_function=packed, local_size=8).shape == (2, 0)
+
+
+def test_a_mask_that_is_not_ours_is_refused() -> None:
+    """As of a model that hands padding [B, L] past transformers' mask functions: causal or not, nobody has said."""
+    x = torch.ones(2, 1, 5, 8)
+    with pytest.raises(ValueError, match=r"got a mask \[2, 5\] that is neither causal nor padding"):
+        attention.sail_attention_forward(torch.nn.Identity(), x, x, x, torch.ones(2, 5, dtype=torch.bool))
 
 
 def test_compile_fullgraph() -> None:

@@ -1,6 +1,11 @@
 """apply(model) against the eager implementation of transformers, on small random models; revert leaves no trace."""
 
+import inspect
+import io
+import json
+import pickle
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +13,11 @@ import torch
 from torch import Tensor
 
 from sail_ops.integrations.transformers import apply, revert
+from sail_ops.integrations.transformers.patches import patched_modules
 from sail_ops.testing import assert_accurate, random
 
 transformers = pytest.importorskip("transformers")
+from transformers.utils import find_labels  # noqa: E402
 
 TEXT: dict[str, Any] = dict(
     vocab_size=96,
@@ -84,7 +91,7 @@ def test_revert_leaves_no_trace(name: str) -> None:
     plain = step(name, deepcopy(model), torch.float32)
     assert apply(model).config._attn_implementation == "sail"
     assert revert(model).config._attn_implementation == implementation
-    assert all("forward" not in module.__dict__ and module.__dict__.keys() == d.keys() for module, d in before.items())
+    assert all(module.__dict__.keys() == d.keys() for module, d in before.items()) and not patched_modules(model)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     again = step(name, model, torch.float32)
     assert all(torch.equal(again[key], plain[key]) for key in plain)
@@ -92,16 +99,149 @@ def test_revert_leaves_no_trace(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 def test_logits_generation_and_loss_options(name: str) -> None:
-    plain, patched = build(name, 1, torch.float32).eval(), apply(build(name, 1, torch.float32).eval())
+    plain, patched = build(name, 1, torch.float32), apply(build(name, 1, torch.float32))
     kwargs = arguments(name, torch.float32)
     ids = kwargs["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(patched(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-        assert patched(**kwargs).logits is None
         got, want = (m(**kwargs, num_items_in_batch=7).loss for m in (patched, plain))
         torch.testing.assert_close(got, want)
-        torch.testing.assert_close(patched(**kwargs, return_dict=False)[0], plain(**kwargs).loss)
-        assert torch.equal(*(m.generate(ids, max_new_tokens=5, do_sample=False) for m in (patched, plain)))
+        shifted = torch.nn.functional.pad(kwargs["labels"], (0, 1), value=-100)[:, 1:]
+        torch.testing.assert_close(patched(**kwargs, shift_labels=shifted).loss, plain(**kwargs).loss)
+        assert torch.equal(*(m.eval().generate(ids, max_new_tokens=5, do_sample=False) for m in (patched, plain)))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_outputs_are_the_class_s_but_for_logits_in_training(name: str) -> None:
+    """By attribute, item, position and as a tuple; in evaluation, or with labels in a position, nothing is missing."""
+    plain, patched = build(name, 1, torch.float32), apply(build(name, 1, torch.float32))
+    kwargs = arguments(name, torch.float32) | {"output_hidden_states": True}
+    for training in (True, False):
+        want, got = (m.train(training)(**kwargs) for m in (plain, patched))
+        assert type(got) is type(want)
+        assert list(got) == [key for key in want if key != "logits" or not training]
+        assert (got.logits is None) == training == ("logits" not in got)
+        by_tuple = patched(**kwargs, return_dict=False)
+        assert [type(value) for value in by_tuple] == [type(value) for value in got.to_tuple()]
+        torch.testing.assert_close(got.loss, want.loss)
+        torch.testing.assert_close(got.hidden_states, want.hidden_states, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(by_tuple[0], want.loss)
+        if name == "qwen3_moe":
+            torch.testing.assert_close(got.aux_loss, want.aux_loss)
+    by_position = patched(kwargs["input_ids"], None, None, None, None, kwargs["labels"])
+    torch.testing.assert_close(by_position.loss, want.loss)
+
+
+def test_a_loss_of_the_users_own_is_obeyed_and_stays() -> None:
+    def own(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+        return logits.sum() * 0 + vocab_size
+
+    kwargs = arguments("qwen3", torch.float32)
+    before, after = build("qwen3", 1, torch.float32), apply(build("qwen3", 1, torch.float32))
+    before.loss_function = own
+    apply(before)
+    after.loss_function = own
+    for model in (before, after):
+        out = model(**kwargs)
+        assert out.loss == 96 and out.logits is not None and model.loss_function is own
+        assert revert(model).loss_function is own
+
+
+COPIES = {
+    "deepcopy": deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch_save": lambda model: torch.load(saved(model), weights_only=False),
+    "average": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+    "copy_of_a_copy": lambda model: deepcopy(pickle.loads(pickle.dumps(model))),
+}
+
+
+def saved(model: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_runs_on_its_own_weights(name: str, how: str) -> None:
+    """As the reference model of DPO, or an average of weights; it can be reverted, and the original stays patched."""
+    before = step(name, apply(build(name, 1, torch.float32)), torch.float32)
+    model = apply(build(name, 1, torch.float32))
+    copied = COPIES[how](model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1)
+    after = step(name, copied, torch.float32)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert copied.config._attn_implementation == "sail"
+    assert revert(copied).config._attn_implementation == "eager" and not patched_modules(copied)
+    assert patched_modules(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patched_model_answers_like_its_class(name: str, tmp_path: Path) -> None:
+    """What a Trainer, generate, PEFT, accelerate and TRL look at."""
+    plain, patched = build(name, 1, torch.float32), apply(build(name, 1, torch.float32))
+    for theirs, ours in zip(plain.modules(), patched.modules(), strict=True):
+        assert isinstance(ours, type(theirs)) and type(ours).__name__ == type(theirs).__name__
+        assert type(ours).__module__ == type(theirs).__module__
+        assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+    assert [key for key, _ in patched.named_modules()] == [key for key, _ in plain.named_modules()]
+    assert list(patched.state_dict()) == list(plain.state_dict())
+    assert find_labels(type(patched)) == find_labels(type(plain))
+    assert patched.can_generate() == plain.can_generate()
+    patched.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(plain).__name__]
+    assert type(transformers.AutoModel.from_pretrained(tmp_path)).__name__.startswith(type(plain).__name__[:5])
+    if name == "aimv2":
+        return
+    for model in (plain, patched):
+        model.config.output_router_logits = False  # which transformers cannot have with a cache and a mask
+    ids = torch.tensor([[0, 0, 0, 5, 6, 7], [9, 8, 7, 6, 5, 4]])  # padded on the left: generate looks for the mask
+    assert torch.equal(*(m.eval().generate(ids, max_new_tokens=4, do_sample=False) for m in (plain, patched)))
+    assert patched._supports_logits_to_keep() and patched(ids, logits_to_keep=1).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_the_trainer_trains_it_as_its_class(name: str, tmp_path: Path) -> None:
+    """Columns are kept, accumulated steps divide by all their labels, evaluation has its logits."""
+
+    def train(model: Any) -> list[float]:
+        ids = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(1))
+        rows = [{"input_ids": r, "labels": r.where(r % (2 + i) > 0, -100)} for i, r in enumerate(ids)]
+        options = dict(max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=1)
+        quiet = dict(use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2)
+        arguments = transformers.TrainingArguments(output_dir=str(tmp_path), **options, **quiet)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert trainer.predict(rows).predictions is not None
+        return [*losses, trainer.evaluate()["eval_loss"]]
+
+    ours, theirs = train(apply(build(name, 1, torch.float32))), train(build(name, 1, torch.float32))
+    assert len(ours) == 3
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    model = apply(build("qwen3", 2, torch.float32))
+    plain = step("qwen3", model, torch.float32)
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    again = step("qwen3", model, torch.float32)
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+
+
+def test_a_class_made_of_a_patched_one_keeps_its_forward() -> None:
+    """FSDP puts a class of its own on a module, as we do."""
+    model = apply(build("qwen3", 1, torch.float32))
+    want = model(**arguments("qwen3", torch.float32)).loss
+    model.__class__ = type("FSDPQwen3ForCausalLM", (type(model),), {})
+    out = deepcopy(model)(**arguments("qwen3", torch.float32))
+    assert torch.equal(out.loss, want) and out.logits is None
 
 
 def test_bad_calls() -> None:
@@ -117,7 +257,7 @@ def test_bad_calls() -> None:
     other = transformers.Qwen3ForCausalLM(config)
     with pytest.raises(ValueError, match="Qwen3MLP has act_fn .*, want silu"):
         apply(other)
-    assert not any("forward" in module.__dict__ for module in other.modules())
+    assert not patched_modules(other) and other.config._attn_implementation != "sail"
 
 
 def adapted(target: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -142,12 +282,35 @@ def test_lora_on_projections_matches_eager() -> None:
 HEAD = r"Qwen3ForCausalLM.lm_head is (peft|torch)\..*\.Linear, want torch.nn.Linear without bias, adapter or hooks"
 
 
+@pytest.mark.parametrize("active", [True, False])
+def test_a_head_trained_beside_an_adapter(active: bool) -> None:
+    """PEFT's modules_to_save: the loss has the weight of the head that is in use, and the gradient goes there."""
+    peft = pytest.importorskip("peft")
+
+    def tuned() -> Any:
+        model = build("qwen3", 1, torch.float32)
+        config = peft.LoraConfig(r=2, target_modules=r".*\.q_proj", modules_to_save=["lm_head"])
+        model = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+        return model
+
+    ours, theirs = apply(tuned()), tuned()
+    if not active:
+        ours.base_model.disable_adapter_layers(), theirs.base_model.disable_adapter_layers()
+        ours.requires_grad_(), theirs.requires_grad_()
+    got, want = (step("qwen3", model, torch.float32) for model in (ours, theirs))
+    assert got.keys() == want.keys() and any("lm_head" in key for key in got)
+    for key in got:
+        torch.testing.assert_close(got[key], want[key], atol=1e-4, rtol=1e-4)
+
+
 def test_lora_on_the_head_is_refused() -> None:
     """The loss has the head's weight alone: the adapter would be left out, and get no gradient."""
     model = adapted("lm_head")
     with pytest.raises(ValueError, match=HEAD):
         apply(model)
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not patched_modules(model)
 
     peft, later = pytest.importorskip("peft"), apply(build("qwen3", 1, torch.float32))
     torch.manual_seed(1)
@@ -195,13 +358,19 @@ def test_other_modules_where_none_is_called_are_refused() -> None:
 
 
 def test_forwards_that_others_have_set() -> None:
-    """Before the class's forward of a module that is patched: refused. Around a whole model: it runs, and stays."""
+    """Before `apply`, it would run the class's: refused. After it, it runs ours; `revert` could not take that back."""
     model, calls = build("qwen3", 1, torch.float32), []
-    model.model.norm.forward = model.model.norm.forward
-    with pytest.raises(ValueError, match="this Qwen3RMSNorm has a forward of its own"):
-        apply(model)
-    del model.model.norm.forward
-    inner = model.forward
-    model.forward = around = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
-    apply(model)(**arguments("qwen3", torch.float32))
-    assert calls == [1] and revert(model).forward is around
+    for module in (model, model.model.norm):
+        module.forward = module.forward
+        with pytest.raises(
+            ValueError, match=f"this {type(module).__name__} has a forward of its own, want its class's"
+        ):
+            apply(model)
+        del module.forward
+    inner = apply(model).forward
+    model.forward = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
+    assert model(**arguments("qwen3", torch.float32)).logits is None and calls == [1]
+    with pytest.raises(ValueError, match="this Qwen3ForCausalLM has a forward of its own; remove it first"):
+        revert(model)
+    del model.forward
+    assert not patched_modules(revert(model))

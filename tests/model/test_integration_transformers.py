@@ -118,7 +118,7 @@ def test_model_under_autocast() -> None:
 @pytest.mark.parametrize("mutation", ["zero", "dropped expert", "swapped gate and up"])
 def test_a_wrong_kernel_fails(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above sees each of these."""
-    from sail_ops.integrations import transformers as integration
+    from sail_ops.integrations.transformers import experts as integration
 
     right = integration.fused_experts
 

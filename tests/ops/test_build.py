@@ -6,8 +6,11 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import native
 import pytest
 import setuptools
 import torch
@@ -108,6 +111,31 @@ def test_kernel_objects_hold_no_shared_code(isa: str):
         assert [line for line in weak if f"sail::cpu::{isa}::" not in line] == [], file.name
 
 
+TWO_OF_A_NAME = {
+    "one.cpp": "namespace sail { struct Rows { long n = 0; long count() const { return n; } }; }\n"
+    "long first() { return sail::Rows().count(); }\n",
+    "two.cpp": "namespace sail { struct Rows { long m[4] = {}; long count() const { return m[1] + m[3]; } }; }\n"
+    "long second() { return sail::Rows().count(); }\n",
+}
+
+
+@needs_gxx
+@needs_binutils
+def test_host_objects_agree_on_inline_functions(tmp_path: Path):
+    """Two types of one name are one to the linker: without optimization, each calls the other's functions."""
+    native.require_build()
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # unoptimized, so that nothing is inlined
+        list(threads.map(lambda source, out: native.compile_as_built(source, "", out, "-O0"), sources, objects))
+    assert len(objects) > 8 and native.functions_that_differ(objects) == {}
+    for name, text in TWO_OF_A_NAME.items():
+        (tmp_path / name).write_text(text)
+        run(str(GXX), "-O0", "-c", str(tmp_path / name), "-o", str(tmp_path / f"{name}.o"))
+    found = native.functions_that_differ(tmp_path / f"{name}.o" for name in TWO_OF_A_NAME)
+    assert "sail::Rows::count() const" in found
+
+
 def test_one_openmp_runtime():
     """Two would each start their threads on the same cores."""
     maps = Path("/proc/self/maps")
@@ -173,6 +201,40 @@ def test_cuda_archs_from_the_environment(monkeypatch: pytest.MonkeyPatch, variab
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     assert runpy.run_path(str(ROOT / "setup.py"))["cuda_archs"]() == archs
+
+
+CUDA_TORCH, CPU_TORCH = "cuda: Optional[str] = '13.0'\n", "cuda: Optional[str] = None\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "nvcc", "torch_version", "wanted", "reason"),
+    [
+        (None, True, CUDA_TORCH, True, "torch is built for CUDA 13.0"),
+        (None, True, CPU_TORCH, False, "not a CUDA build"),
+        (None, True, None, False, "no torch is installed here"),
+        (None, False, CUDA_TORCH, False, "no nvcc on PATH"),
+        ("ON", False, None, True, "SAIL_OPS_CUDA=ON"),
+        ("off", True, CUDA_TORCH, False, "SAIL_OPS_CUDA=OFF"),
+    ],
+)
+def test_cuda_is_built_for_those_who_can_use_it(
+    asked: str | None, nvcc: bool, torch_version: str | None, wanted: bool, reason: str, tmp_path: Path, monkeypatch
+):
+    (tmp_path / "torch").mkdir()
+    if torch_version is not None:
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\n{torch_version}hip = None\n")
+    monkeypatch.delenv("SAIL_OPS_CUDA", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("SAIL_OPS_CUDA", asked)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    made = runpy.run_path(str(ROOT / "setup.py"))["cuda_wanted"]
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/nvcc" if nvcc else None)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    got, why = made()
+    assert got == wanted and reason in why
+    monkeypatch.setenv("SAIL_OPS_CUDA", "maybe")
+    with pytest.raises(SystemExit, match="SAIL_OPS_CUDA: got 'MAYBE', want AUTO, ON or OFF"):
+        made()
 
 
 # -- what README shows

@@ -74,7 +74,7 @@ def test_only_wanted_gradients(which: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_of_two_outputs_used(used: int) -> None:
     ours, theirs = (lambda *args, f=f: f(*args)[used] for f in (sail_ops.add_layer_norm, reference.add_layer_norm))
-    testing.check_op(ours, theirs, *inputs((9, 64), torch.float32))
+    testing.check_op(ours, theirs, *inputs((9, 64), torch.float32), k=testing.CHANCE)  # rows of 64 numbers
 
 
 def test_views_are_read_in_place(isa: str) -> None:

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,20 @@ def compile_kernel(source: Path, isa: str, out: Path, *more: str) -> None:
     subprocess.run([*command, *more, "-o", str(out), "-c", str(source)], check=True, cwd=BUILD)
 
 
-def compile_as_built(source: Path, isa: str, out: Path) -> None:
+def compile_as_built(source: Path, isa: str, out: Path, *more: str) -> None:
     """Compiles a changed copy of one of the build's own sources; isa "" for those compiled once."""
     command = _command(isa, f"cpu/{'kernels/' if isa else ''}{source.name}")
-    subprocess.run([*command, "-o", str(out), "-c", str(source)], check=True, cwd=BUILD)
+    subprocess.run([*command, *more, "-o", str(out), "-c", str(source)], check=True, cwd=BUILD)
+
+
+def functions_that_differ(objects: Iterable[Path]) -> dict[str, set[str]]:
+    """Inline functions of ours of which objects hold copies of several sizes: the linker keeps any one of them."""
+    sizes: dict[str, set[str]] = {}
+    for file in objects:
+        listed = subprocess.run(["nm", "-C", "-S", "--defined-only", str(file)], capture_output=True, text=True)
+        for size, name in re.findall(r"^\w+ (\w+) W (sail::.*)$", listed.stdout, re.M):
+            sizes.setdefault(name, set()).add(size)
+    return {name: found for name, found in sizes.items() if len(found) > 1}
 
 
 def link(objects: list[Path], out: Path) -> None:

@@ -7,11 +7,13 @@ import signal
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from training import checkpoint, cli
+from training.assemble import assemble
 from training.errors import InputError
 from training.interrupt import Watch
 from training.metrics import MetricsLog, activation_entropy, read_lines
@@ -188,6 +190,69 @@ def test_unknown_fields_of_a_checkpoint_are_an_error() -> None:
         resumed({**Recipe().as_dict(), "colour": 1}, {})
 
 
+# ---- what gives the numbers their meaning
+QUESTIONS = [["what color is it", "red"], ["is there a circle", "yes"]]
+PICTURES = ("a.png", "b.png")
+
+
+def write_data(path: Path, questions: list[list[str]] = QUESTIONS, pictures: tuple[str, ...] = PICTURES) -> Recipe:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"picture": name, "questions": questions}) + "\n" for name in pictures))
+    return Recipe(data=str(path))
+
+
+def publish_parts(root: Path, recipe: Recipe) -> Path:
+    """A checkpoint with the files that `Trainer.save` writes beside the engine's."""
+    parts = assemble(recipe)
+
+    def write(folder: Path) -> None:
+        parts.processor.save_pretrained(folder / checkpoint.MODEL)
+        parts.model.config.save_pretrained(folder / checkpoint.MODEL)
+
+    state = {"step": 1, "world": 1, "recipe": recipe.as_dict(), "data": parts.data}
+    return checkpoint.publish(root, 1, state, write, is_first=True, barrier=nothing)
+
+
+EDITS: dict[str, dict[str, Any]] = {
+    "a question": {"questions": [["which color has it", "red"], QUESTIONS[1]]},
+    "an answer": {"questions": [["what color is it", "blue"], QUESTIONS[1]]},
+    "the order of pictures": {"pictures": ("b.png", "a.png")},
+    "a picture's name": {"pictures": ("a.png", "c.png")},
+    "a record more": {"pictures": ("a.png", "b.png", "c.png")},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_a_resumed_run_refuses_edited_data(tmp_path: Path, edit: dict[str, Any]) -> None:
+    """Its tokenizer was trained on the data: trained anew, ids would mean other text, without a word."""
+    start = publish_parts(tmp_path / "checkpoints", write_data(tmp_path / "data" / "all.jsonl"))
+    recipe = write_data(tmp_path / "data" / "all.jsonl", **edit)
+    with pytest.raises(InputError, match="trained on 2 records, sha256 .*, but .*all.jsonl has [23] records, sha256"):
+        assemble(recipe, start)
+
+
+def test_a_resumed_run_has_the_checkpoints_tokenizer_and_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data may have moved; the tables of this version may have changed."""
+    recipe = write_data(tmp_path / "data" / "all.jsonl")
+    fresh, start = assemble(recipe), publish_parts(tmp_path / "checkpoints", recipe)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    monkeypatch.setattr("training.assemble.build_processor", None)
+    monkeypatch.setattr("training.assemble.MODELS", {})
+    again = assemble(Recipe(data=str(tmp_path / "moved" / "all.jsonl")), start)
+    assert again.processor.tokenizer.get_vocab() == fresh.processor.tokenizer.get_vocab()
+    assert [(s.prefix_ids, s.branches) for s in again.samples] == [(s.prefix_ids, s.branches) for s in fresh.samples]
+    for part in ("text_config", "vision_config"):
+        assert getattr(again.model.config, part).to_dict() == getattr(fresh.model.config, part).to_dict()
+
+
+def test_a_checkpoint_without_its_meaning_is_refused(tmp_path: Path) -> None:
+    start = publish(tmp_path / "checkpoints", 4)
+    with pytest.raises(InputError, match="too old, it has no model/ folder or no fingerprint of its data"):
+        assemble(write_data(tmp_path / "data.jsonl"), start)
+
+
 # ---- schedule, metrics, signals
 def test_schedule_by_hand() -> None:
     rates = [cosine_with_warmup(step, peak=1.0, warmup=4, steps=12, floor=0.2) for step in range(14)]
@@ -228,6 +293,11 @@ def test_watch_notes_the_first_signal_and_restores_the_handlers() -> None:
 
 def test_an_impatient_second_signal_acts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.interrupt.REPEAT_SECONDS", -1.0)
-    with pytest.raises(KeyboardInterrupt), Watch():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
+    # the background job of a shell starts with SIGINT ignored: then Python has no handler that could raise
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Watch():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

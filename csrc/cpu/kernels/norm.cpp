@@ -19,7 +19,7 @@ template <class T, bool ADD> struct Input {
     const vf2 v = load2(x + c, lanes);
     return ADD ? rounded<T>(v + load2(residual + c, lanes)) : v;
   }
-  void ask_for(int64_t c) const {
+  void prefetch_row(int64_t c) const {
     prefetch(x + c, 2 * W);
     if (ADD) prefetch(residual + c, 2 * W);
   }
@@ -50,7 +50,7 @@ template <bool LAYER, class Row, class Pass> auto sums_about(Row row, int64_t D,
   return sums;
 }
 // The mean in two floats
-inline void settle(double mean, float* high, float* low) {
+inline void split_double(double mean, float* high, float* low) {
   *high = static_cast<float>(mean), *low = static_cast<float>(mean - *high);
 }
 
@@ -73,9 +73,9 @@ template <class T, bool LAYER, bool ADD> void norm_row(const NormRow& in) {
   });
   const double rest = mean_of(sums.rest, in.D);
   const float r = static_cast<float>(inverse_sqrt(mean_of(sums.squares, in.D) - rest * rest, in.eps));
-  settle(mean + rest, &mean, &d);
+  split_double(mean + rest, &mean, &d);
   for_pairs(in.D, [=](int64_t c, auto lanes) {
-    row.ask_for(in.D + c);
+    row.prefetch_row(in.D + c);
     const vf2 v = row(c, lanes), scaled = (LAYER ? v - mean - d : v) * r * load2(w + c, lanes);
     if (ADD) store2(total + c, v, lanes);
     store2(y + c, LAYER && bias ? scaled + load2(bias + c, lanes) : scaled, lanes);
@@ -117,7 +117,7 @@ template <class T, bool LAYER, int N> void backward_rows(const NormBackwardRows&
     });
     const double left = mean_of(sums.rest, in.D), wg = mean_of(sums.grad, in.D);
     const double inverse = inverse_sqrt(mean_of(sums.squares, in.D) - left * left, in.eps);
-    r[i] = static_cast<float>(inverse), settle(mean[i] + left, &mean[i], &rest[i]);
+    r[i] = static_cast<float>(inverse), split_double(mean[i] + left, &mean[i], &rest[i]);
     dot[i] = static_cast<float>(inverse * inverse * (mean_of(sums.dot, in.D) - left * wg));
     mean_wg[i] = static_cast<float>(wg);
   }

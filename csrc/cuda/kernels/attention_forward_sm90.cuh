@@ -269,10 +269,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (threadIdx.x == 0) s.start();
   const ForwardWork& w = share(mine);
   if (threadIdx.x < 128) {
-    ptx::give_registers<Shape::kProducerRegisters>();
+    ptx::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
     produce<T>(args, s, w);
   } else {
-    ptx::take_registers<Shape::kConsumerRegisters>();
+    ptx::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     consume<T>(args.problem, s, w);
   }
 }

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_rows(const float (&c)[kF][kD8][4], int D, 
         turn_quad(pairs);
 #pragma unroll
         for (int t = 0; t < 4; t++) v[2 * t] = pairs[t].x, v[2 * t + 1] = pairs[t].y;
-        if (row) store_eight<true>(row, (j + static_cast<int>(threadIdx.x) % 4) * 8, D, v);
+        if (row) store_vector8<true>(row, (j + static_cast<int>(threadIdx.x) % 4) * 8, D, v);
       }
     }
 }

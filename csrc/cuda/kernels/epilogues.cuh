@@ -2,8 +2,8 @@
 // The fragments of mma.sync and of wgmma hold two columns of every eight in a lane and share a row among four lanes;
 // turn_quad gives each of the four a whole eight, of four neighboring ones. A mainloop makes an epilogue, calls row(e, r)
 // once for each of its rows r, and of what it gets
-//   eight(n, v)           for columns n .. n + 7, n a multiple of 8
-//   eight(f, gate, up)    kHalves: for columns f .. f + 7 of both
+//   store8(n, v)           for columns n .. n + 7, n a multiple of 8
+//   store8(f, gate, up)    kHalves: for columns f .. f + 7 of both
 //   finish(n)             kFinish: after the kDotColumns columns from n, by all lanes of the warp; a lane without a row
 //                         has asked for row(e, -1) and calls nothing else
 // Columns past the last are not stored. kWhole: every eight of every matrix starts on 16 bytes, and the columns are a
@@ -31,12 +31,12 @@ __device__ __forceinline__ void turn_quad(float2 (&v)[4]) {
   }
 }
 
-inline bool eights(const void* p, int64_t columns, int64_t stride) {
+inline bool whole_vectors(const void* p, int64_t columns, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && columns % 8 == 0 && stride % 8 == 0;
 }
 
 // Columns n .. n + 7 of a row of N
-template <bool kWhole, class T> __device__ __forceinline__ void store_eight(T* row, int n, int N, float (&v)[8]) {
+template <bool kWhole, class T> __device__ __forceinline__ void store_vector8(T* row, int n, int N, float (&v)[8]) {
   if constexpr (kWhole) {
     if (n >= N) return;
     constexpr int kVector = 16 / sizeof(T);
@@ -49,7 +49,7 @@ template <bool kWhole, class T> __device__ __forceinline__ void store_eight(T* r
   }
 }
 template <bool kWhole, class T>
-__device__ __forceinline__ void load_eight(const T* row, int n, int N, float (&v)[8]) {
+__device__ __forceinline__ void load_vector8(const T* row, int n, int N, float (&v)[8]) {
   if constexpr (kWhole) {
     constexpr int kVector = 16 / sizeof(T);
     const int from = n < N ? n : 0;  // what lies past the end is not used, only read
@@ -104,7 +104,7 @@ template <class T, bool kWhole> struct StoreRowsEpilogue {
   using Arguments = StoreRows;
   static constexpr bool kHalves = false, kFinish = false;
   static bool whole(const RowsProblem& p, const StoreRows& a) {
-    return eights(a.out, p.N, a.out_stride) && eights(a.bias, p.N, p.N);
+    return whole_vectors(a.out, p.N, a.out_stride) && whole_vectors(a.bias, p.N, p.N);
   }
   StoreRows a;
   int64_t N, E;
@@ -115,12 +115,12 @@ template <class T, bool kWhole> struct StoreRowsEpilogue {
     const T* bias;
     float weight;
     int N;
-    __device__ __forceinline__ void eight(int n, float (&v)[8]) const {
+    __device__ __forceinline__ void store8(int n, float (&v)[8]) const {
       float b[8] = {};
-      if (bias) load_eight<kWhole>(bias, n, N, b);
+      if (bias) load_vector8<kWhole>(bias, n, N, b);
 #pragma unroll
       for (int i = 0; i < 8; i++) v[i] = (v[i] + b[i]) * weight;
-      store_eight<kWhole>(out, n, N, v);
+      store_vector8<kWhole>(out, n, N, v);
     }
   };
   __device__ __forceinline__ Row row(int64_t e, int64_t r) const {
@@ -135,7 +135,7 @@ template <class T, class Act, bool kWhole> struct GatedForwardEpilogue {
   using Arguments = GatedForward;
   static constexpr bool kHalves = true, kFinish = false;
   static bool whole(const RowsProblem& p, const GatedForward& a) {
-    return eights(a.bias, p.N, p.N) && eights(a.h, p.N, p.N) && eights(a.a, p.N, p.N);
+    return whole_vectors(a.bias, p.N, p.N) && whole_vectors(a.h, p.N, p.N) && whole_vectors(a.a, p.N, p.N);
   }
   GatedForward a;
   int64_t F;
@@ -147,18 +147,18 @@ template <class T, class Act, bool kWhole> struct GatedForwardEpilogue {
     int F;
     float clamp;
     Act act;
-    __device__ __forceinline__ void eight(int f, float (&gate)[8], float (&up)[8]) const {
+    __device__ __forceinline__ void store8(int f, float (&gate)[8], float (&up)[8]) const {
       if (bias) {
         float b[8], c[8];
-        load_eight<kWhole>(bias, f, F, b), load_eight<kWhole>(bias + F, f, F, c);
+        load_vector8<kWhole>(bias, f, F, b), load_vector8<kWhole>(bias + F, f, F, c);
 #pragma unroll
         for (int i = 0; i < 8; i++) gate[i] += b[i], up[i] += c[i];
       }
-      if (h) store_eight<kWhole>(h, f, F, gate), store_eight<kWhole>(h + F, f, F, up);
+      if (h) store_vector8<kWhole>(h, f, F, gate), store_vector8<kWhole>(h + F, f, F, up);
       if (!out) return;
 #pragma unroll
       for (int i = 0; i < 8; i++) gate[i] = act.value(clamp_gate(gate[i], clamp)) * clamp_up(up[i], clamp);
-      store_eight<kWhole>(out, f, F, gate);
+      store_vector8<kWhole>(out, f, F, gate);
     }
   };
   __device__ __forceinline__ Row row(int64_t e, int64_t r) const {
@@ -176,7 +176,7 @@ template <class T, class Act, bool kWhole> struct GatedBackwardEpilogue {
   using Arguments = GatedBackward;
   static constexpr bool kHalves = false, kFinish = true;
   static bool whole(const RowsProblem& p, const GatedBackward& a) {
-    return eights(a.h, p.N, p.N) && eights(a.dh, p.N, p.N) && eights(a.a_weighted, p.N, p.N);
+    return whole_vectors(a.h, p.N, p.N) && whole_vectors(a.dh, p.N, p.N) && whole_vectors(a.a_weighted, p.N, p.N);
   }
   GatedBackward a;
   int64_t F, R;
@@ -187,14 +187,14 @@ template <class T, class Act, bool kWhole> struct GatedBackwardEpilogue {
     const GatedBackwardEpilogue& o;
     int64_t r;  // negative: no row
     float weight, dot;
-    __device__ __forceinline__ void eight(int f, float (&da)[8]) {
+    __device__ __forceinline__ void store8(int f, float (&da)[8]) {
       const int F = static_cast<int>(o.F);
       const int64_t at = r * o.F;
       const float clamp = o.a.clamp;
       const Act act(o.a.activation);
       float gate[8], up[8];
       const T* h = static_cast<const T*>(o.a.h) + 2 * at;
-      load_eight<kWhole>(h, f, F, gate), load_eight<kWhole>(h + F, f, F, up);
+      load_vector8<kWhole>(h, f, F, gate), load_vector8<kWhole>(h + F, f, F, up);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const Slope s = act.both(clamp_gate(gate[i], clamp));
@@ -206,9 +206,9 @@ template <class T, class Act, bool kWhole> struct GatedBackwardEpilogue {
       }
       if (o.a.dh) {
         T* dh = static_cast<T*>(o.a.dh) + 2 * at;
-        store_eight<kWhole>(dh, f, F, gate), store_eight<kWhole>(dh + F, f, F, up);
+        store_vector8<kWhole>(dh, f, F, gate), store_vector8<kWhole>(dh + F, f, F, up);
       }
-      if (o.a.a_weighted) store_eight<kWhole>(static_cast<T*>(o.a.a_weighted) + at, f, F, da);
+      if (o.a.a_weighted) store_vector8<kWhole>(static_cast<T*>(o.a.a_weighted) + at, f, F, da);
     }
     // Adds the sums of the four lanes that share the row.
     __device__ __forceinline__ void finish(int n) {
@@ -226,7 +226,7 @@ template <class T, class Act, bool kWhole> struct GatedBackwardEpilogue {
 template <class TOut, bool kAccumulate, bool kWhole> struct StoreGradEpilogue {
   static constexpr bool kHalves = false, kFinish = false;
   static bool whole(const WgradProblem& p, const StoreGrad& a) {
-    return eights(a.out.first, p.N, a.out.row_stride) && eights(a.out.second, p.N, a.out.expert_stride);
+    return whole_vectors(a.out.first, p.N, a.out.row_stride) && whole_vectors(a.out.second, p.N, a.out.expert_stride);
   }
   Stacked<void*> out;
   int64_t N;
@@ -235,14 +235,14 @@ template <class TOut, bool kAccumulate, bool kWhole> struct StoreGradEpilogue {
   struct Row {
     TOut* to;
     int N;
-    __device__ __forceinline__ void eight(int n, float (&v)[8]) const {
+    __device__ __forceinline__ void store8(int n, float (&v)[8]) const {
       if constexpr (kAccumulate) {
         float old[8];
-        load_eight<kWhole>(to, n, N, old);
+        load_vector8<kWhole>(to, n, N, old);
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] += old[i];
       }
-      store_eight<kWhole>(to, n, N, v);
+      store_vector8<kWhole>(to, n, N, v);
     }
   };
   __device__ __forceinline__ Row row(int64_t e, int64_t m) const {

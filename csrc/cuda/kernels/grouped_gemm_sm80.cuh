@@ -81,8 +81,8 @@ template <class T, class Shape, bool kTransposedA, bool kTransposedB> struct Mai
 
 // This lane's eight of the 32 columns from block `first`, every `step`-th block of 8 being one of them.
 template <class Shape>
-__device__ __forceinline__ void take_eight(const Products<Shape>& products, int i, int half, int first, int step,
-                                           float (&v)[8]) {
+__device__ __forceinline__ void fragment8(const Products<Shape>& products, int i, int half, int first, int step,
+                                          float (&v)[8]) {
   float2 pairs[4];
 #pragma unroll
   for (int t = 0; t < 4; t++) {
@@ -110,14 +110,14 @@ __device__ __forceinline__ void store(const Epilogue& epilogue, const Products<S
       auto out = epilogue.row(e, stored ? r : Epilogue::kFinish ? -1 : row);
       if constexpr (Epilogue::kHalves) {
         float gate[8], up[8];
-        take_eight(products, i, half, 0, 2, gate), take_eight(products, i, half, 1, 2, up);
-        if (stored) out.eight(first + lane % 4 * 8, gate, up);
+        fragment8(products, i, half, 0, 2, gate), fragment8(products, i, half, 1, 2, up);
+        if (stored) out.store8(first + lane % 4 * 8, gate, up);
       } else {
 #pragma unroll
         for (int j = 0; j < P::kColumns; j += 4) {
           float v[8];
-          take_eight(products, i, half, j, 1, v);
-          if (stored) out.eight(first + (j + lane % 4) * 8, v);
+          fragment8(products, i, half, j, 1, v);
+          if (stored) out.store8(first + (j + lane % 4) * 8, v);
         }
       }
       if constexpr (Epilogue::kFinish) out.finish(first);

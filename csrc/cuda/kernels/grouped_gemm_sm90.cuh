@@ -103,7 +103,7 @@ __device__ __forceinline__ void multiply(Shared& s, Ring& ring, int steps, bool 
 }
 
 // Four eights of a row, of which lane q of its four takes the q-th.
-__device__ __forceinline__ void take_eight(const float (&acc)[kTileN / 2], int first, int half, float (&v)[8]) {
+__device__ __forceinline__ void fragment8(const float (&acc)[kTileN / 2], int first, int half, float (&v)[8]) {
   float2 quad[4];
 #pragma unroll
   for (int t = 0; t < 4; t++) quad[t] = {acc[first + t * 4 + half * 2], acc[first + t * 4 + half * 2 + 1]};
@@ -128,14 +128,14 @@ __device__ __forceinline__ void store(const Epilogue& epilogue, const float (&ac
 #pragma unroll
       for (int j = block; j < block + kDotColumns; j += 32) {
         float v[8];
-        take_eight(acc, j / 2, half, v);
+        fragment8(acc, j / 2, half, v);
         const int column = n + j + lane % 4 * 8;
         if constexpr (Epilogue::kHalves) {
           float up[8];
-          take_eight(acc, (j + kColumns) / 2, half, up);
-          if (inside) out.eight(column, v, up);
+          fragment8(acc, (j + kColumns) / 2, half, up);
+          if (inside) out.store8(column, v, up);
         } else {
-          if (inside) out.eight(column, v);
+          if (inside) out.store8(column, v);
         }
       }
       if constexpr (Epilogue::kFinish) out.finish(n + block);
@@ -263,11 +263,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   Shared& s = shared();
   start(s, gathers ? kGatherers : 0, args.paired);
   if (threadIdx.x < kProducers) {
-    ptx::give_registers<kProducerRegisters>();
+    ptx::warpgroup_reg_dealloc<kProducerRegisters>();
     if (threadIdx.x < 32) produce_boxes<Epilogue::kHalves, kLayout>(args, s, n_tiles);
     if (gathers && threadIdx.x >= kProducers - kGatherers) produce_gathered(args, s, n_tiles);
   } else {
-    ptx::take_registers<kConsumerRegisters>();
+    ptx::warpgroup_reg_alloc<kConsumerRegisters>();
     const Epilogue epilogue(p, args.out);
     const int steps = Steps::of(p).total;
     Ring ring{args.paired};
@@ -355,10 +355,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1)
   Shared& s = shared();
   start(s, kProducers);
   if (threadIdx.x < kProducers) {
-    ptx::give_registers<kProducerRegisters>();
+    ptx::warpgroup_reg_dealloc<kProducerRegisters>();
     produce_wgrad(args, s, m_tiles, n_tiles);
   } else {
-    ptx::take_registers<kConsumerRegisters>();
+    ptx::warpgroup_reg_alloc<kConsumerRegisters>();
     const StoreGrad& out = args.out;
     Ring ring;
     for (int64_t tile = blockIdx.x; tile < p.E * m_tiles * n_tiles; tile += gridDim.x) {

@@ -98,10 +98,10 @@ __device__ __forceinline__ void tma_load_to(uint16_t blocks, void* to, const CUt
 }
 
 // ---- registers of a warp group: the kernel needs a cap at entry (__launch_bounds__), and every role one branch
-template <int kRegisters> __device__ __forceinline__ void take_registers() {
+template <int kRegisters> __device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-template <int kRegisters> __device__ __forceinline__ void give_registers() {
+template <int kRegisters> __device__ __forceinline__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 

@@ -1,8 +1,8 @@
 """`attn_implementation="sail"`: `attention` and `attention_varlen` for transformers 5.x models.
 
 The attention interface hands a function q [B, H, S, A], k and v [B, G, L, A] and the mask that `sail_attention_mask`
-made for the whole model: None, or padding [B, L]. A pack's lengths come as cu_seq_lens_q and its kin, as for flash
-attention. What a model asks for beyond that (other masks, sliding windows, soft caps, sinks, dropout) raises a
+made for the whole model: none, or padding. A pack's lengths come as cu_seq_lens_q and its kin, as for flash attention.
+What a model asks for beyond that (other masks, windows narrower than the text, soft caps, sinks, dropout) raises a
 ValueError; so does torch.compile without a pack's lengths, as transformers then cannot tell a pack from a sequence.
 """
 
@@ -25,24 +25,48 @@ def sail_attention_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """None where every token is real, else [B, L] bool; [B, 0] for a pack, whose lengths must come as arguments."""
+    """What the attention function needs to know of a mask, by its shape.
+
+    None: every token is real, and the module says whether it is causal. [B, L, 1] bool: causal, with padding; the
+    queries are the last of the L tokens. [B, 1, L] bool: not causal, the keys that every query sees, be they its own
+    tokens or another sequence's. [B, 0]: another mask; a pack's lengths must come as arguments then.
+    """
     from transformers import masking_utils
 
-    plain = (None, masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
-    if mask_function not in plain:
+    causal = mask_function is masking_utils.causal_mask_function
+    if local_size is not None and local_size >= kv_length and not use_vmap and mask_function is not None:
+        # a window or chunk that all keys are in
+        q_S = torch.arange(q_length, device=device) + int(q_offset)
+        k_L = torch.arange(kv_length, device=device) + int(kv_offset)
+        causal = causal or _is_causal(mask_function, q_S, k_L, batch_size)
+    if not causal and mask_function not in (None, masking_utils.bidirectional_mask_function):
         # transformers saw positions that start anew, or the model wants another mask: only the pack's lengths can tell
         return torch.empty(batch_size, 0, dtype=torch.bool, device=device)
-    if mask_function is masking_utils.causal_mask_function and int(q_offset) + q_length != int(kv_offset) + kv_length:
+    if causal and int(q_offset) + q_length != int(kv_offset) + kv_length:
         _refuse(f"a cache of {kv_length} tokens of which {int(q_offset) + q_length} are filled (use a dynamic cache)")
     if attention_mask is None:
         return None
     if attention_mask.shape[-1] < kv_length:
         _refuse(f"a mask of {attention_mask.shape[-1]} tokens for {kv_length} keys")
     mask_BL = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    return None if mask_BL.all() else mask_BL
+    if mask_BL.all():
+        return None
+    return mask_BL[..., None] if causal else mask_BL[:, None]
+
+
+def _is_causal(mask_function: Callable[..., Any], q_S: Tensor, k_L: Tensor, batch: int) -> bool:
+    """Whether a function of indices is the causal mask over this grid, for every sequence."""
+    sequences = torch.arange(batch, device=q_S.device)[:, None, None]
+    for q in q_S.split(256):  # a grid of long texts is large
+        mask = mask_function(sequences, torch.zeros_like(sequences), q[:, None], k_L)
+        if not torch.equal(torch.as_tensor(mask).expand(batch, -1, -1), (k_L <= q[:, None]).expand(batch, -1, -1)):
+            return False
+    return True
 
 
 def sail_attention_forward(
@@ -80,20 +104,30 @@ def sail_attention_forward(
         return out[None], None
     if attention_mask is None:
         return attention(q, k, v, causal=causal, softmax_scale=scaling), None
-    if attention_mask.dim() != 2 or not attention_mask.shape[1]:
-        _refuse(
-            f"a mask that is neither causal nor padding (in {type(module).__name__}); for a pack pass cu_seq_lens_q"
-        )
-    return _padded(q, k, v, attention_mask, causal, scaling), None
+    if attention_mask.dim() == 3 and attention_mask.shape[1] == 1:
+        return _some_keys(q, k, v, attention_mask[:, 0], scaling), None
+    if attention_mask.dim() == 3 and attention_mask.shape[2] == 1:
+        return _causal_padded(q, k, v, attention_mask[..., 0], scaling), None
+    shape, where = list(attention_mask.shape), type(module).__name__
+    _refuse(f"a mask {shape} that is neither causal nor padding (in {where}); for a pack pass cu_seq_lens_q")
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, mask_BL: Tensor, causal: bool, scale: float | None) -> Tensor:
+def _some_keys(q: Tensor, k: Tensor, v: Tensor, keys_BL: Tensor, scale: float | None) -> Tensor:
+    """Every query sees these keys of its sequence; without any, a row of zeros."""
+    B, S = q.shape[:2]
+    cu_q = torch.arange(B + 1, dtype=torch.int32, device=q.device) * S
+    cu_k = nn.functional.pad(keys_BL.sum(1).cumsum(0), (1, 0)).int()
+    pack = q.flatten(0, 1), k[keys_BL], v[keys_BL], cu_q, cu_k, S, k.shape[1]
+    return attention_varlen(*pack, causal=False, softmax_scale=scale).unflatten(0, (B, S))
+
+
+def _causal_padded(q: Tensor, k: Tensor, v: Tensor, mask_BL: Tensor, scale: float | None) -> Tensor:
     """The real tokens as a pack; rows of padding give zeros. Queries are the last tokens of the mask."""
     real_q, real_k = mask_BL[:, -q.shape[1] :], mask_BL
     cu_q, cu_k = (nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).int() for m in (real_q, real_k))
     longest = q.shape[1], k.shape[1]
     pack = q[real_q], k[real_k], v[real_k], cu_q, cu_k, *longest
-    out = attention_varlen(*pack, causal=causal, softmax_scale=scale)
+    out = attention_varlen(*pack, causal=True, softmax_scale=scale)
     return torch.zeros_like(q, memory_format=torch.contiguous_format).index_put((real_q,), out)
 
 

@@ -1,17 +1,8 @@
 """`experts_implementation="sail"`: `fused_experts` for every transformers 5.x model on its experts interface.
 
-    from sail_ops.integrations.transformers import register
-
-    register()
-    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="sail", attn_implementation="sail")
-
-Attention is in transformers_attention.py.
-
 The interface (transformers/integrations/moe.py) hands a function the experts module, hidden states [T, D], expert ids
 [T, K] and routing weights [T, K]. What we support of it is stacked weights [E, 2F, D] = [gate; up] and [E, D, F], with
 or without biases, and a gate that `fused_experts` has. All else raises, naming the module and what it would need.
-
-`apply(model)` takes the rest of a Qwen3, Qwen3-MoE or Aimv2 model along, `revert(model)` takes it back (patches.py).
 """
 
 from typing import Any
@@ -23,11 +14,6 @@ from torch import Tensor, nn
 from sail_ops import fused_experts
 from sail_ops.reference import ACTIVATIONS, gated_activation
 
-from .patches import apply, revert
-from .transformers_attention import sail_attention_forward, sail_attention_mask
-
-__all__ = ["apply", "register", "revert", "sail_experts_forward"]
-
 # flags of transformers' @use_experts_implementation: what our weight layout needs, and what another value means
 _LAYOUT = {
     "has_gate": (True, "experts without a gate have no fused kernel"),
@@ -36,24 +22,6 @@ _LAYOUT = {
     "has_post_expert_norm": (False, "a norm of each expert's output cannot be fused"),
 }
 _GATES: WeakKeyDictionary[nn.Module, tuple[str, float | None]] = WeakKeyDictionary()
-
-
-def register(name: str = "sail") -> None:
-    """Make `experts_implementation=name` and `attn_implementation=name` known to transformers; again is harmless.
-
-    ImportError without it.
-    """
-    try:
-        from transformers.integrations.moe import ExpertsInterface
-        from transformers.masking_utils import AttentionMaskInterface
-        from transformers.modeling_utils import AttentionInterface
-    except ImportError as error:
-        raise ImportError(
-            "sail_ops.integrations.transformers needs transformers >= 5.0: pip install 'sail_ops[model]'"
-        ) from error
-    ExpertsInterface.register(name, sail_experts_forward)
-    AttentionInterface.register(name, sail_attention_forward)
-    AttentionMaskInterface.register(name, sail_attention_mask)
 
 
 def sail_experts_forward(
