@@ -179,7 +179,7 @@ def cards_block() -> str:
 
 
 def kept(device: str) -> dict[str, Row]:
-    """The results of a device by family; a demo's lie there too, and are no benchmark."""
+    """The results of a device, by family."""
     paths = sorted(path for path in (RESULTS / device).glob("*.json") if path.stem in ("moe", *TABLES))
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
@@ -223,12 +223,13 @@ def updated(readme: str) -> str:
 
 def show(device: str) -> int:
     """Print what is kept of a device."""
-    families = kept(device)
-    for family, results in families.items():
-        print(f"# {family}\n\n{summary(results)}\n")
-    if not families:
+    # a demo's results (training/results.py) lie here too, and are no benchmark
+    paths = sorted(path for path in (RESULTS / device).glob("*.json") if not path.stem.startswith("demo"))
+    for path in paths:
+        print(f"# {path.stem}\n\n{summary(json.loads(path.read_text()))}\n")
+    if not paths:
         print(f"no results of {device}; there are: {', '.join(sorted(p.name for p in RESULTS.iterdir()))}")
-    return int(not families)
+    return int(not paths)
 
 
 def main(arguments: list[str] | None = None) -> int:

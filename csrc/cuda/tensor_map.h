@@ -27,14 +27,23 @@ inline auto encode_tiled() {
   return function;
 }
 
-// False: not for TMA.
+// False: not for TMA, which the box alone decides; what the driver refuses then is a fault, and throws.
 inline bool encode(const TensorBox& b, Element dtype, CUtensorMap* map) {
   if (!b.encodable()) return false;
   const uint32_t ones[4] = {1, 1, 1, 1};
   const auto type = dtype == Element::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   // 256 bytes from memory: the second row of 128 belongs to the next step, or the next box
-  return encode_tiled()(map, type, static_cast<uint32_t>(b.dims), const_cast<void*>(b.data), b.size, b.stride, b.box,
-                        ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const CUresult e = encode_tiled()(map, type, static_cast<uint32_t>(b.dims), const_cast<void*>(b.data), b.size,
+                                    b.stride, b.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (e == CUDA_SUCCESS) return true;
+  const auto list = [](const auto& values, int count) {
+    std::string text = "[";
+    for (int i = 0; i < count; i++) text += (i ? ", " : "") + std::to_string(values[i]);
+    return text + "]";
+  };
+  throw std::runtime_error("sail_ops: CUDA: the driver refused a tensor map: error " + std::to_string(e) + ", sizes " +
+                           list(b.size, b.dims) + ", strides of " + list(b.stride, b.dims - 1) + " bytes, box " +
+                           list(b.box, b.dims) + "; SAIL_OPS_CUDA_KERNELS=sm80 does without");
 }
 }  // namespace sail::cuda

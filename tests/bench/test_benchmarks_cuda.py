@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -36,16 +35,6 @@ LIMITS = Limits({"bf16": 400.0}, 30.0, 20.0, 25.0)
 NOT_HERE = {"sdpa_cudnn", "sdpa_efficient", "torch_varlen", "liger"}
 
 
-class Clock(events.Events):
-    def __init__(self) -> None:
-        pass
-
-    def time(self, function: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-
-
 class Benchmark(SimpleNamespace):
     """What the fixture of pytest-benchmark does for a card's row."""
 
@@ -57,7 +46,7 @@ class Benchmark(SimpleNamespace):
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAIL_BENCH_SIZE", "tiny")
     monkeypatch.setattr(events, "DEVICE", "cpu")
-    monkeypatch.setattr(events, "Events", Clock)
+    monkeypatch.setattr(events, "Events", events.WallClock)
     for module in (attention, loss, moe, norm, step):
         monkeypatch.setattr(module, "BUDGET", 0.0)
     for name in ("synchronize", "reset_peak_memory_stats"):

@@ -146,3 +146,17 @@ def test_serialized_wgmma_fails_the_build(tmp_path: Path, checked: bool) -> None
     result = subprocess.run([*launcher, *command], capture_output=True, text=True)
     assert "wgmma.mma_async instructions are serialized" in result.stderr
     assert (result.returncode == 0) != checked and out.exists() != checked
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA headers here")
+def test_a_tensor_map_that_the_driver_refuses_raises(tmp_path: Path) -> None:
+    """It took the sm_80 kernels once, without a word; what TMA cannot read does so still, decided beforehand."""
+    source, program = ROOT / "tests" / "support" / "tensor_map.cpp", tmp_path / "tensor_map"
+    options = ["-x", "c++", "-std=c++20", "-cudart", "none", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    subprocess.run(["nvcc", *options, str(source), "-o", str(program)], check=True)
+    first, refused = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert first == "0"
+    assert refused == (
+        "sail_ops: CUDA: the driver refused a tensor map: error 1, sizes [64, 5, 2], strides of [128, 640] bytes,"
+        " box [64, 128, 1]; SAIL_OPS_CUDA_KERNELS=sm80 does without"
+    )

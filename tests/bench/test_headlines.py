@@ -1,0 +1,109 @@
+"""The headlines where there is no card: every line runs, what fails or finds no time is named, nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEVICE
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("transformers")
+
+from benchmarks import events, headlines
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the benchmarks' own arithmetic")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAIL_BENCH_SIZE", "tiny")
+    monkeypatch.setattr(events, "DEVICE", "cpu")
+    monkeypatch.setattr(events, "Events", events.WallClock)
+    monkeypatch.setattr(headlines, "ROUND_SECONDS", 0.0)
+
+
+def test_every_line_runs_on_the_cuda_sources(tmp_path: Path) -> None:
+    """As `make gpu-check` calls it, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.headlines", "--tiny", "--out", str(tmp_path / "out.jsonl")]
+    environment = os.environ | {"SAIL_TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = lines(tmp_path / "out.jsonl")
+    cases = list(dict.fromkeys(line["case"] for line in found))
+    assert [case.split()[0] for case in cases] == ["experts", "experts", "attention", "attention", "decoder"]
+    for case in cases:
+        first, *peers = (line for line in found if line["case"] == case)
+        assert first["implementation"] == "sail" and first["ms"]["sail"] > 0
+        for line in peers:
+            assert line.get("speedup", {}).keys() == ({line["implementation"]} if "ms" in line else set())
+            assert "ms" in line or line["not_measured"]
+    assert "against" in done.stdout.splitlines()[-3] or "3x?" in done.stdout
+    assert any(line["implementation"] == "stock_eager" and len(line["samples"]["sail"]) == 1 for line in found)
+
+
+class Steps:
+    """Ours takes no time, "slow" fails, "bad" too."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+
+    def prepare(self, name: str) -> None: ...
+
+    def run(self, name: str) -> None:
+        if name == self.broken:
+            raise RuntimeError(f"{name} is broken")
+
+
+def test_a_failing_peer_is_a_line_and_a_failure_of_ours_ends_its_case_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [
+        headlines.Headline("experts one train", lambda: Steps("peer"), ["peer", "another"]),
+        headlines.Headline("experts two train", lambda: Steps("sail"), ["peer"]),
+        headlines.Headline("experts three train", lambda: Steps(), ["peer"]),
+    ]
+    monkeypatch.setattr(headlines, "headlines", lambda tiny: iter(made))
+    monkeypatch.setattr(headlines, "without_card", headlines.nullcontext)
+    assert headlines.main(["--tiny", "--out", str(tmp_path / "out.jsonl")]) == 1
+    found = [
+        (line["case"].split()[1], line["implementation"], *line.keys() & {"ms", "failed", "not_measured"})
+        for line in lines(tmp_path / "out.jsonl")
+    ]
+    assert found == [
+        ("one", "sail", "ms"),
+        ("one", "peer", "not_measured"),
+        ("one", "another", "ms"),
+        ("two", "sail", "failed"),
+        ("three", "sail", "ms"),
+        ("three", "peer", "ms"),
+    ]
+
+
+def test_what_finds_no_time_is_named_and_patterns_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [headlines.Headline(f"case {n}", lambda: Steps(), ["peer"]) for n in (1, 2)]
+    monkeypatch.setattr(headlines, "headlines", lambda tiny: iter(made))
+    monkeypatch.setattr(headlines, "without_card", headlines.nullcontext)
+    out = tmp_path / "out.jsonl"
+    assert headlines.main(["--tiny", "--budget", "0", "--only", "case 2", "--out", str(out)]) == 0
+    assert [(line["case"], line["not_measured"]) for line in lines(out)] == [("case 2", "no time left")] * 2
+
+
+def test_the_verdict_is_by_baseline() -> None:
+    rows = [
+        {"case": "experts T8192 train", "implementation": "grouped_mm", "speedup": {"grouped_mm": 2.0}},
+        {"case": "experts T32768 train", "implementation": "grouped_mm", "speedup": {"grouped_mm": 4.0}},
+        {"case": "experts T8192 train", "implementation": "stock_eager", "speedup": {"stock_eager": 100.0}},
+        {"case": "experts T8192 forward", "implementation": "grouped_mm", "speedup": {"grouped_mm": 9.0}},
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in headlines.verdict(rows).splitlines()]
+    assert ["grouped_mm", "2.00x to 4.00x", "in part"] in cells and ["stock eager", "100.00x", "yes"] in cells
+    assert headlines.verdict([]) == "3x: nothing was measured"
