@@ -311,28 +311,42 @@ def test_kernels_by_name() -> None:
 
 @pytest.mark.parametrize("multiprocessors", [2, 78, 108, 114, 132, 144])
 def test_every_product_has_a_second_tile_for_a_block(multiprocessors: int) -> None:
-    """Tiles of 128 x 256 and one block a multiprocessor on Hopper; of 128 x 128 and two elsewhere."""
+    """Tiles of 128 x 256, a block a multiprocessor, on Hopper; of 128 x 128, two, elsewhere; three where rows are few."""
     case = contact_pieces.experts_case(Card("cpu", multiprocessors))
-    rows = max(case.T * case.K // 128, case.E)
-    for width, blocks in ((256, 1), (128, 2)):
-        products = [rows * math.ceil(n / width) for n in (2 * case.F, case.D)]
+    R = case.T * case.K
+    row_tiles = {
+        "experts": max(R // 128, case.E),
+        "groups": sum(math.ceil(rows / 128) for rows in contact_pieces.groups(R)),
+    }
+    for width, blocks in ((256, 1), (128, 2 if multiprocessors > 2 else 3)):
+        products = [tiles * math.ceil(n / width) for tiles in row_tiles.values() for n in (2 * case.F, case.D)]
         gradients = [math.ceil(m / 128) * math.ceil(n / width) for m, n in ((2 * case.F, case.D), (case.D, case.F))]
         assert min(*products, *(case.E * tiles for tiles in gradients)) > blocks * multiprocessors
 
 
-# ---- all of it
-def test_the_whole_command_on_the_emulator(tmp_path: Path) -> None:
-    """Contact at the sizes of two multiprocessors, and the headlines at tiny ones."""
-    out = tmp_path / "out"
-    command = [sys.executable, "tests/gpu/check.py", "--emulated", "--only", "^contact", "--only", "^headlines"]
-    result = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+# ---- the command itself, at the sizes of two multiprocessors
+def rehearse(stage: str, out: Path) -> tuple[str, list[dict[str, Any]]]:
+    """What the run of a stage said, and its lines between the first two and the last."""
+    command = [sys.executable, "tests/gpu/check.py", "--emulated", "--only", f"^{stage}$", "--out", str(out)]
+    result = subprocess.run([*command, "--budget", "500"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
     said = result.stdout
-    assert result.returncode == 0, said + result.stderr
-    assert len(said) < 12_000 and said.splitlines()[-1] == "gpu-check: 2 of 2 stages without a failure"
-    assert "3x" in said, "the verdict by baseline"
-    found = lines(out)
-    assert "run" in found[0] and found[1]["device"] == "emulated" and found[-1]["partial"] is False
-    pieces = {line["name"]: line["status"] for line in found if line.get("stage") == "contact" and "name" in line}
-    assert pieces == dict.fromkeys(contact_pieces.PIECES, "ok")
-    assert [line for line in found if line.get("stage") == "headlines" and line.get("ms")]
+    assert len(said) < 12_000 and said.splitlines()[-1] == "gpu-check: 1 of 1 stages without a failure"
+    run_of, card, *found, verdict = lines(out)
+    assert run_of["run"]["commit"] == check.commit() and card["device"] == "emulated" and verdict["partial"] is False
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "results.jsonl"]
+    return said, found
+
+
+def test_contact_on_the_emulator(tmp_path: Path) -> None:
+    said, found = rehearse("contact", tmp_path)
+    pieces = {line["name"]: line["status"] for line in found if "name" in line and "case" not in line}
+    assert pieces == dict.fromkeys(contact_pieces.PIECES, "ok")
+    assert all(f"s  {name}: emulated" in said for name in pieces)
+
+
+@pytest.mark.xfail(not (ROOT / "benchmarks" / "headlines.py").exists(), reason="benchmarks.headlines is to be written")
+def test_headlines_on_the_emulator(tmp_path: Path) -> None:
+    said, found = rehearse("headlines", tmp_path)
+    assert "3x" in said, "the verdict by baseline"
+    assert [line for line in found if line.get("ms")]

@@ -91,15 +91,22 @@ def on_card(card: Card, sizes: ExpertsCase, gradients: bool = True) -> list[Tens
     return [t.requires_grad_(gradients and t.is_floating_point()) for t in args]
 
 
+def groups(R: int) -> list[int]:
+    """Rows of nine groups: a large one, none, one, six alike; a seventh of R is left as tail."""
+    return [R // 4, 0, 1, *[R // 10] * 6]
+
+
 def grouped_products(card: Card) -> Iterator[Case]:
-    """Weights [E, k, n] along n, and along k as a transposed [E, n, k] has them; an empty group, one row, a tail."""
+    """Weights [E, k, n] along n, and along k as a transposed [E, n, k] has them."""
     sizes = experts_case(card)
     R, D, N = sizes.T * sizes.K, sizes.D, 2 * sizes.F
-    ends = offsets(R // 4, 0, 1, R // 3, R // 8).to(card.device)
+    ends = offsets(*groups(R)).to(card.device)
     for dtype in (BF16, torch.float16):
         x = leaf(card, R, D, dtype=dtype)
-        across = leaf(card, 5, D, N, seed=1, scale=D**-0.5, dtype=dtype)
-        along = leaf(card, 5, N, D, seed=2, scale=D**-0.5, dtype=dtype).detach().transpose(1, 2).requires_grad_()
+        across = leaf(card, len(ends), D, N, seed=1, scale=D**-0.5, dtype=dtype)
+        along = (
+            leaf(card, len(ends), N, D, seed=2, scale=D**-0.5, dtype=dtype).detach().transpose(1, 2).requires_grad_()
+        )
         for layout, w in (("along n", across), ("along k", along)):
             name = f"grouped_mm, {str(dtype).removeprefix('torch.')}, weights {layout}"
             yield case("grouped_mm", x, w, ends, name=name, pool={"args[1]": POOL})
