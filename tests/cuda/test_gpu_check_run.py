@@ -311,7 +311,7 @@ def test_kernels_by_name() -> None:
 
 @pytest.mark.parametrize("multiprocessors", [2, 78, 108, 114, 132, 144])
 def test_every_product_has_a_second_tile_for_a_block(multiprocessors: int) -> None:
-    """Tiles of 128 x 256, a block a multiprocessor, on Hopper; of 128 x 128, two, elsewhere; three where rows are few."""
+    """Tiles of 128 x 256 on Hopper, one block a multiprocessor; else 128 x 128, two, or three where rows are few."""
     case = contact_pieces.experts_case(Card("cpu", multiprocessors))
     R = case.T * case.K
     row_tiles = {
