@@ -324,29 +324,21 @@ def test_every_product_has_a_second_tile_for_a_block(multiprocessors: int) -> No
         assert min(*products, *(case.E * tiles for tiles in gradients)) > blocks * multiprocessors
 
 
-# ---- the command itself, at the sizes of two multiprocessors
-def rehearse(stage: str, out: Path) -> tuple[str, list[dict[str, Any]]]:
-    """What the run of a stage said, and its lines between the first two and the last."""
-    command = [sys.executable, "tests/gpu/check.py", "--emulated", "--only", f"^{stage}$", "--out", str(out)]
-    result = subprocess.run([*command, "--budget", "500"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+# ---- the command itself
+def test_contact_and_headlines_on_the_emulator(tmp_path: Path) -> None:
+    """At the sizes of two multiprocessors, and tiny ones."""
+    command = [sys.executable, "tests/gpu/check.py", "--emulated", "--only", "^contact$", "--only", "^headlines$"]
+    command += ["--budget", "1000", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     said = result.stdout
-    assert len(said) < 12_000 and said.splitlines()[-1] == "gpu-check: 1 of 1 stages without a failure"
-    run_of, card, *found, verdict = lines(out)
+    assert result.returncode == 0, said + result.stderr
+    assert len(said) < 12_000 and said.splitlines()[-1] == "gpu-check: 2 of 2 stages without a failure"
+    run_of, card, *found, verdict = lines(tmp_path)
     assert run_of["run"]["commit"] == check.commit() and card["device"] == "emulated" and verdict["partial"] is False
-    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "results.jsonl"]
-    return said, found
-
-
-def test_contact_on_the_emulator(tmp_path: Path) -> None:
-    said, found = rehearse("contact", tmp_path)
-    pieces = {line["name"]: line["status"] for line in found if "name" in line and "case" not in line}
+    contacts = [line for line in found if line["stage"] == "contact" and "name" in line]
+    pieces = {line["name"]: line["status"] for line in contacts if "case" not in line}
     assert pieces == dict.fromkeys(contact_pieces.PIECES, "ok")
     assert all(f"s  {name}: emulated" in said for name in pieces)
-
-
-@pytest.mark.xfail(not (ROOT / "benchmarks" / "headlines.py").exists(), reason="benchmarks.headlines is to be written")
-def test_headlines_on_the_emulator(tmp_path: Path) -> None:
-    said, found = rehearse("headlines", tmp_path)
+    assert [line for line in found if line["stage"] == "headlines" and line.get("ms")]
     assert "3x" in said, "the verdict by baseline"
-    assert [line for line in found if line.get("ms")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "results.jsonl"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_FILES = 8  # in DIR
-TERMINAL, RESERVE, WIDTH = 11_500, 1_500, 118  # characters in all, of those the last lines', and of a line
+TERMINAL, RESERVE, WIDTH = 11_500, 1_500, 160  # characters in all, of those the last lines', and of a line
 LOG = 512 << 10  # bytes of a stage's output that the log keeps
 TAIL = 8  # lines of a stage that failed
 STATUSES = ("ok", "FAILED", "timed out", "interrupted", "skipped", "no time left", "not run")

@@ -50,7 +50,7 @@ def first_stages(emulated: bool) -> dict[str, Stage]:
         contact, headlines = [*contact, "--emulated"], [*headlines, "--tiny"]
     return {
         "contact": Stage(contact, limit=120, measures=True, shown=30),
-        "headlines": Stage(headlines, limit=150, measures=True, shown=12),
+        "headlines": Stage(headlines, limit=150, measures=True, shown=30),
     }
 
 
