@@ -4,8 +4,9 @@
 #   make bench      the benchmarks: table, verdict, benchmarks/results/                 (ARGS="-k bf16")
 #   make lint       ruff, mypy, clang-format      make format   apply ruff and clang-format
 #   make sanitize   the CPU kernels under AddressSanitizer and UBSan, over the edge cases
-#   make gpu-check  on a machine with an NVIDIA card, no network: tests, sanitizers, benchmarks  (ARGS="--no-bench")
-#   make gpu-bundle what such a machine needs, in one folder
+#   make gpu-check  on a machine with an NVIDIA card, no network: contact, headlines, tests, sanitizers, benchmarks
+#                   (ARGS="--budget 570 --only contact --out DIR"; --list names the stages; PYTHON=python3)
+#   make gpu-bundle what such a machine needs, in one folder                            (ARGS="more wheels by name")
 #   make build      the libraries and what the jobs need, nothing run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -48,7 +49,7 @@ gpu-check:  # with the python that has a CUDA build of torch: make gpu-check PYT
 	$(PYTHON) tests/gpu/check.py $(ARGS)
 
 gpu-bundle: $(VENV)/.dev
-	PYTHON=$(PY) tests/gpu/bundle.sh
+	PYTHON=$(PY) tests/gpu/bundle.sh $(ARGS)
 
 build: $(VENV)/.dev
 

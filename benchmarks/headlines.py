@@ -124,9 +124,11 @@ def compare(run: Run, case: str, clock: Any, steps: Any, name: str) -> None:
 
 
 def rounds(clock: Any, steps: Any, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of every turn; one turn where a name of ONCE is among them."""
+    """Seconds of every turn; one turn where a name of ONCE is among them, or times mean nothing."""
+    from benchmarks.cases import size_name
+
     once = sum(clock.step(steps, name) for name in names)  # compiles, tunes, allocates
-    if any(name in ONCE for name in names):
+    if any(name in ONCE for name in names) or size_name() == "tiny":
         count = 1
     else:
         once = sum(clock.step(steps, name) for name in names)

@@ -1,14 +1,11 @@
 """What `make gpu-check` runs on a card beside the suites holds on the emulator, and it names what there is."""
 
-import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import check
 import pytest
 import small_steps
 import test_cuda_device
@@ -24,74 +21,11 @@ import sail_ops
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it emulates a card whatever runs the operators")
 
 
-@pytest.mark.parametrize("name", small_steps.STEPS)
-def test_small_steps(name: str) -> None:
-    with emulated():
-        small_steps.STEPS[name]("cpu")
-
-
 def test_the_step_of_graphs_and_streams() -> None:
     with emulated():
         first, again = (test_cuda_device.step(Layer(*detached(*layer(CASE, torch.bfloat16)))) for _ in range(2))
     test_cuda_device.assert_equal(again, first)
     assert len(first) > 30 and all(t.isfinite().all() for t in first)
-
-
-def test_every_file_is_there() -> None:
-    named = [word for stage in check.stages().values() for word in stage.command if word.endswith(".py")]
-    assert len(named) > 20 and [word for word in named if not (check.ROOT / word).exists()] == []
-
-
-def test_triton_runs_the_suites_of_its_interpreter() -> None:
-    import test_triton_numerics
-
-    assert sorted(sum(check.TRITON_SUITES.values(), [])) == sorted(test_triton_numerics.FILES)
-
-
-def test_a_stage_is_ok_or_failed_or_skipped(tmp_path: Path) -> None:
-    def status(*command: str, **changes: Any) -> str:
-        return check.run("stage", check.Stage([*command], **changes), dict(os.environ))[0]
-
-    assert status(sys.executable, "-c", "") == "ok" and status(sys.executable, "-c", "exit(3)") == "FAILED"
-    assert status("no-such-sanitizer") == "skipped" == status(sys.executable, "-c", "", needs="no_such_module")
-    pid = tmp_path / "pid"
-    assert status("sh", "-c", f"sleep 100 & echo $! > {pid}; wait", limit=0.5) == "FAILED"
-    state = Path(f"/proc/{pid.read_text().strip()}/stat")
-    deadline = time.monotonic() + 20  # a zombie where nobody waits for it
-    while state.exists() and state.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "the child outlived its stage"
-        time.sleep(0.05)
-
-
-def test_the_last_line_names_what_failed_and_what_was_skipped() -> None:
-    results = {"a": "ok", "b": "skipped", "c": "FAILED", "d": "skipped"}
-    assert check.verdict(results) == "gpu-check: 1 of 4 stages without a failure; FAILED: c; skipped: b, d"
-    assert check.verdict({"a": "ok"}) == "gpu-check: 1 of 1 stages without a failure"
-
-
-@pytest.mark.parametrize("triton", [True, False], ids=["with_triton", "without"])
-def test_neither_library_nor_nvcc(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], triton: bool
-) -> None:
-    ran: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
-    monkeypatch.setattr(check, "LIBRARY", Path("/none/libsail_ops_cuda.so"))
-    monkeypatch.setattr(check.shutil, "which", lambda _: None)
-    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: None)
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda _: object() if triton else None)
-    monkeypatch.setattr(check, "run", lambda name, *_: ran.append(name) or ("ok", 1.0))
-    if not triton:
-        with pytest.raises(SystemExit, match="no nvcc to build it, and Triton is not installed"):
-            check.main([])
-        return
-    assert check.main([]) == 0
-    assert ran == ["what is built", "Triton, expert layer", "Triton, grouped product, router, gate, norm"]
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == (
-        "gpu-check: 3 of 3 stages without a failure;"
-        " Triton alone: libsail_ops_cuda.so is missing and there is no nvcc to build it"
-    )
 
 
 def test_the_steps_name_every_operator() -> None:
@@ -117,8 +51,9 @@ class Calls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_every_operator_names_a_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not CUDA's "no kernel image". The card is looked up once a thread: here it is a supported one, then none."""
+def test_small_steps_and_a_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps run every operator; each of those names a card that the library has no code for, not CUDA's "no kernel
+    image". The card is looked up once a thread: here it is a supported one, then none."""
     from sail_ops.__main__ import operators
 
     x, gate_up, down, _, _ = (t.detach().requires_grad_(t.is_floating_point()) for t in layer(CASE, torch.bfloat16))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Gathers into build/gpu-bundle what a machine with a card and no network lacks: this checkout with its built libraries,
-# and the wheels of the tests and of the peers, for Python 3.12. There: SAIL_WHEELS=wheels make -C sail-ops gpu-check
+# bundle.sh [PACKAGE...]: gathers into build/gpu-bundle what a machine with a card and no network lacks: this checkout
+# with its built libraries, and wheels for Python 3.12. There: SAIL_WHEELS=../wheels make -C sail-ops gpu-check
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=build/gpu-bundle most=60 python=${PYTHON:-python3}
@@ -19,11 +19,8 @@ trap 'rm -rf "$built"' EXIT
 "$python" -m zipfile -e "$built"/sail_ops-*.whl "$built"
 cp "$built"/sail_ops/*.so "$out/sail-ops/sail_ops/"
 cp -r "$built"/sail_ops-*.dist-info "$out/sail-ops/"  # the version, where setuptools is none or old
-# for the tests; liger-kernel and transformers as peers, with what they import beside torch and numpy
-wheels=(pytest pytest-benchmark py-cpuinfo pluggy iniconfig packaging pygments hypothesis sortedcontainers
-        liger-kernel transformers huggingface_hub tokenizers safetensors regex tqdm pyyaml filelock fsspec
-        hf-xet httpx2 httpcore2 h11 truststore anyio idna typing_extensions click
-        typer shellingham rich annotated-doc markdown-it-py mdurl pydantic pydantic_core annotated-types typing-inspection)
+# what a machine with torch, pytest, hypothesis and transformers still lacks; more by name: bundle.sh transformers ...
+wheels=(pytest-timeout pytest-benchmark py-cpuinfo liger-kernel "$@")
 platforms=()
 for p in manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 any; do platforms+=(--platform "$p"); done
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

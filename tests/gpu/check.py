@@ -1,9 +1,18 @@
-"""Everything that needs a card, on a machine without network: python tests/gpu/check.py [--bench-only | --no-bench]
+"""Everything that needs a card, in one command: python tests/gpu/check.py [--only PATTERN] [--budget SECONDS]
 
-Builds or loads the CUDA library; the accuracy rule over every operator, dtype, gradient and edge; graphs, streams,
-memory; compute-sanitizer; Triton's kernels; the benchmarks, into benchmarks/results/<device>/. A folder of wheels named
-by SAIL_WHEELS (`make gpu-bundle` gathers them) is put on the path first. Without library and nvcc Triton's stages run
-alone. Every stage runs, within a time limit; the last line counts, and names what was skipped.
+First contact (every kernel family on this card: right, the same every time, and which kernel ran), then the headlines
+(speed against named peers), the suites, compute-sanitizer, Triton's kernels and the benchmarks in full. Made for a card
+that is there for minutes: --budget stops in time and names what found none, a card that no longer answers ends the run,
+and DIR (--out) has at any moment what was found until then (check_report.py).
+
+The machine needs a CUDA build of torch >= 2.11, pytest and hypothesis; for peers transformers and liger-kernel. Where
+it has nvcc it builds the libraries, else copy built ones with the checkout: sail_ops/libsail_ops_{cpu,cuda}.so, 23 MB,
+for every Python. `make gpu-bundle` on a machine with nvcc makes both ready in build/gpu-bundle, below 60 MB: the
+checkout with its libraries, and beside it the wheels that such a machine rarely has. There, with no network:
+
+    SAIL_WHEELS=../wheels make -C sail-ops gpu-check PYTHON=python3 ARGS="--budget 570 --out DIR"
+
+--list names the stages; --emulated rehearses them on the emulator of CUDA kernels, without a card.
 """
 
 import argparse
@@ -14,140 +23,70 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
 
-ROOT = Path(__file__).resolve().parents[2]
+import contact
+from check_report import TAIL, Report
+from stages import ROOT, Stage, python, stages
+
 LIBRARY = ROOT / "sail_ops" / "libsail_ops_cuda.so"
 CPU_LIBRARY = ROOT / "sail_ops" / "libsail_ops_cpu.so"
-# by families, each in a process of its own: after a bad access nothing works in one
-SUITES = {
-    "expert layer": ["moe", "moe_training", "moe_errors", "grouped_mm", "routing", "activation"],
-    "attention": ["attention", "flash_attn"],
-    "norms, rotation, loss": ["norm", "layer_norm", "rope", "loss"],
-}
-SM80_SUITES = ["moe", "moe_training", "attention"]  # that have other kernels on newer cards
-# what Triton has; its interpreter runs parts of these files, for the sake of time alone (support/triton_interpreter.py)
-TRITON_SUITES = {
-    "expert layer": ["moe", "moe_training", "moe_errors"],
-    "grouped product, router, gate, norm": ["grouped_mm", "routing", "activation", "norm"],
-}
-BENCHMARKS = ["moe", "attention", "norm", "loss", "step"]
-
-
-class Stage(NamedTuple):
-    """A process: its command, what it adds to the environment, the module it cannot do without, seconds it may take."""
-
-    command: list[str]
-    environment: dict[str, str] = {}
-    needs: str = ""
-    limit: float = 900
+LEAST = 3.0  # seconds that are worth starting a stage for
+TEST_SECONDS = 120  # of one test: a kernel that hangs holds the process
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-bench", action="store_true")
-    parser.add_argument("--bench-only", action="store_true")
-    options = parser.parse_args(arguments)
-    environment, compiled = prepare()
-    if compiled:
-        todo = stages(tests=not options.bench_only, benchmarks=not options.no_bench)
-    else:
-        todo = built() | triton_stages()
-    results = {name: run(name, stage, environment) for name, stage in todo.items()}
-    for name, (status, seconds) in results.items():
-        print(f"{status:8}{seconds:5.0f} s  {name}")
-    print(verdict({name: status for name, (status, _) in results.items()}, compiled))
-    return sum(status == "FAILED" for status, _ in results.values())
+    options = parse(arguments)
+    deadline = time.monotonic() + options.budget
+    compiled = options.emulated or LIBRARY.exists() or bool(shutil.which("nvcc"))
+    todo = stages(options.emulated, compiled)
+    todo = {name: todo[name] for name in contact.chosen(list(todo), options.only)}
+    if options.list:
+        print("\n".join(f"{stage.limit:5.0f} s  {name}" for name, stage in todo.items()))
+        return 0
+    signal.signal(signal.SIGTERM, terminated)
+    report = Report(options.out)
+    environment = prepare(options.emulated, compiled)
+    run_of = {"commit": commit(), "arguments": sys.argv[1:] if arguments is None else arguments}
+    report.record(run=run_of | {"date": datetime.now(timezone.utc).isoformat(), "python": sys.version.split()[0]})
+    if contact.alone(partial(contact.probe, options.emulated, report.results), contact.LIMIT, report.log) != "ok":
+        report.say(report.output(0, TAIL))
+        sys.exit("gpu-check: no card that torch can use answers")
+    report.say(report.results.read_text().splitlines()[-1])
+    return run_all(todo, report, environment, deadline, partial(contact.probe, options.emulated), note(compiled))
 
 
-def verdict(results: dict[str, str], compiled: bool = True) -> str:
-    """The last line."""
-    named = {status: [name for name in results if results[name] == status] for status in ("ok", "FAILED", "skipped")}
-    text = f"gpu-check: {len(named['ok'])} of {len(results)} stages without a failure"
-    for status in ("FAILED", "skipped"):
-        if named[status]:
-            text += f"; {status}: {', '.join(named[status])}"
-    return text if compiled else f"{text}; Triton alone: {LIBRARY.name} is missing and there is no nvcc to build it"
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="the stages and their limits")
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="stages that this expression finds")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="of the whole run")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", metavar="DIR")
+    parser.add_argument("--emulated", action="store_true", help="on the emulator of CUDA kernels")
+    return parser.parse_args(arguments)
 
 
-def stages(tests: bool = True, benchmarks: bool = True) -> dict[str, Stage]:
-    """By name."""
-    found = built()
-    if tests:
-        found |= test_stages() | sanitizer_stages() | triton_stages()
-    if benchmarks:  # one process a family: the memory of one is not the next one's
-        pytest = [*python("pytest"), "--benchmark-only", "-q"]
-        for name in BENCHMARKS:
-            found[f"benchmark {name}"] = Stage([*pytest, f"benchmarks/bench_{name}_cuda.py"], limit=1800)
-    return found
+def terminated(number: int, frame: FrameType | None) -> None:
+    """`timeout` and batch systems ask first: the stage under way is recorded, and the verdict written."""
+    sys.exit(f"gpu-check: ended by {signal.Signals(number).name}")
 
 
-def built() -> dict[str, Stage]:
-    return {"what is built": Stage(python("sail_ops"))}
+def note(compiled: bool) -> str:
+    return "" if compiled else f"Triton alone: {LIBRARY.name} is missing and there is no nvcc to build it"
 
 
-def suites(names: list[str]) -> list[str]:
-    """pytest over tests/*/test_<name>.py."""
-    pytest = [*python("pytest"), "-q", "--maxfail=10", "--tb=short", "-p", "no:cacheprovider"]
-    return [*pytest, *(str(next(ROOT.glob(f"tests/*/test_{name}.py")).relative_to(ROOT)) for name in names)]
-
-
-def test_stages() -> dict[str, Stage]:
-    """The CPU's suites with every tensor on the card, and what only a card can show."""
-    on_card = {"SAIL_TEST_DEVICE": "cuda"}
-    found = {f"{name}: accuracy, edges, repeats": Stage(suites(s), on_card) for name, s in SUITES.items()}
-    sm80 = on_card | {"SAIL_OPS_CUDA_KERNELS": "sm80"}
-    found["the same with the sm_80 kernels"] = Stage(suites(SM80_SUITES), sm80)
-    found["graphs, streams, memory"] = Stage(suites(["cuda_device"]))
-    chosen = [*suites(["cuda_device"]), "-k", "accurate or grouped_mm or graph_of_experts"]
-    found["experts by clusters"] = Stage(chosen, {"SAIL_OPS_CUDA_KERNELS": "cluster"})
-    if has_cutlass():
-        chosen = [*suites(["cuda_device"]), "-k", "grouped_mm"]
-        found["grouped_mm by CUTLASS"] = Stage(chosen, {"SAIL_OPS_CUDA_KERNELS": "cutlass"})
-    return found
-
-
-def triton_stages() -> dict[str, Stage]:
-    """The suites of the operators that Triton has, with its kernels in place of the library's; most of it compiles."""
-    on_card = {"SAIL_TEST_DEVICE": "cuda", "SAIL_OPS_TRITON": "1"}
-    return {f"Triton, {name}": Stage(suites(s), on_card, "triton", 1800) for name, s in TRITON_SUITES.items()}
-
-
-def sanitizer_stages() -> dict[str, Stage]:
-    """A step of every operator under three of its tools."""
-    found = {}
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *sanitizer_options(tool)]
-        # torch's own cached blocks would hide what is read past a buffer or before it is written
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        found[f"compute-sanitizer {tool}"] = Stage([*sanitizer, sys.executable, "tests/gpu/small_steps.py"], alone)
-    return found
-
-
-def has_cutlass() -> bool:
-    code = "from sail_ops import _library; raise SystemExit(not _library.has_cutlass())"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def sanitizer_options(tool: str) -> list[str]:
-    """Our kernels alone: torch's initcheck reports are its own."""
-    return ["--kernel-name", "kernel_substring=sail"] if tool != "memcheck" else []
-
-
-def prepare() -> tuple[dict[str, str], bool]:
-    """The environment of every stage, and whether the CUDA library is there; builds it where it is missing."""
-    import torch
-
-    if not torch.cuda.is_available():
-        sys.exit("gpu-check: torch sees no CUDA device")
+def prepare(emulated: bool, compiled: bool) -> dict[str, str]:
+    """The environment of every stage; builds what is missing, so that no stage's time goes there."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     if wheels := os.environ.get("SAIL_WHEELS"):
-        site = ROOT / "build" / "site"
-        install = ["-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site)]
-        subprocess.run([*python("pip"), "install", *install, *map(str, Path(wheels).glob("*.whl"))], check=True)
-        environment["PYTHONPATH"] += f":{site}"
-    compiled = LIBRARY.exists() or bool(shutil.which("nvcc"))
+        environment["PYTHONPATH"] += f":{unpacked(Path(wheels))}"
+    if emulated:
+        return environment | prepare_emulator()
     if not compiled and not importlib.util.find_spec("triton"):
         sys.exit(f"gpu-check: {LIBRARY} is missing, there is no nvcc to build it, and Triton is not installed")
     if not CPU_LIBRARY.exists() or (compiled and not LIBRARY.exists()):
@@ -157,38 +96,114 @@ def prepare() -> tuple[dict[str, str], bool]:
     # a checkout that was only unpacked has no metadata (a bundle has), and the report and the results name the version
     if not [*ROOT.glob("sail_ops*.egg-info"), *ROOT.glob("sail_ops*.dist-info")]:
         subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=ROOT, env=environment, check=True)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
-    return environment, compiled
+    return environment
 
 
-def python(module: str) -> list[str]:
-    return [sys.executable, "-m", module]
+def unpacked(wheels: Path) -> Path:
+    """The wheels' packages in a folder for PYTHONPATH, before those of this Python."""
+    found, site = sorted(wheels.glob("*.whl")), ROOT / "build" / "site"
+    if not found:
+        sys.exit(f"gpu-check: SAIL_WHEELS: got {str(wheels)!r}, which has no wheels, want a folder of them")
+    install = ["-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site)]
+    subprocess.run([*python("pip"), "install", *install, *map(str, found)], check=True)
+    return site
 
 
-def run(name: str, stage: Stage, environment: dict[str, str]) -> tuple[str, float]:
-    """ok, FAILED or skipped, and the seconds it took; past its limit its whole process group is killed."""
-    print(f"==== {name}", flush=True)
-    environment = environment | stage.environment
-    if not shutil.which(stage.command[0]):
-        print(f"{stage.command[0]}: not here")
-        return "skipped", 0.0
-    imports = [sys.executable, "-c", f"import {stage.needs}"]
-    if stage.needs and subprocess.run(imports, env=environment, capture_output=True).returncode:
-        print(f"{stage.needs}: not installed")
-        return "skipped", 0.0
-    start = time.monotonic()
-    process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True)
+def prepare_emulator() -> dict[str, str]:
+    from emulated_library import build
+
+    build()
+    sizes = {"SAIL_EMULATED_CARD": contact.EMULATED_CARD, "SAIL_BENCH_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
+    return sizes | {"SAIL_TEST_DEVICE": "emulated"}
+
+
+def commit() -> str:
+    """Of a bundle, or of the checkout."""
+    if (bundled := ROOT / "COMMIT").exists():
+        return bundled.read_text().strip()
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return found or "unknown"
+
+
+def run_all(
+    todo: dict[str, Stage],
+    report: Report,
+    environment: dict[str, str],
+    deadline: float,
+    probe: Callable[[], None],
+    note: str = "",
+) -> int:
+    """How many stages failed. The card is asked after each; where it is silent, the others are not run."""
+    silent_after, started = "", time.time()
+    left = iter(todo.items())
     try:
-        code = process.wait(stage.limit)
+        for name, stage in left:
+            if deadline - time.monotonic() < LEAST:
+                report.ended(name, "no time left")
+                continue
+            run(name, stage, report, environment, deadline)
+            report.keep([p for p in (ROOT / "benchmarks/results").glob("*/*.json") if p.stat().st_mtime >= started])
+            if report.statuses[name] != "skipped" and contact.alone(probe, contact.LIMIT, report.log) != "ok":
+                silent_after = name
+                break
+    finally:
+        for name, _ in left:
+            report.ended(name, "not run")
+        report.verdict(silent_after, note)
+    failed = sum(status in ("FAILED", "timed out") for status in report.statuses.values())
+    return failed or int(bool(silent_after) or "ok" not in report.statuses.values())
+
+
+def run(name: str, stage: Stage, report: Report, environment: dict[str, str], deadline: float) -> None:
+    """Records a stage's status, seconds and measurements; past its limit its whole process group is killed."""
+    environment = environment | stage.environment
+    if reason := lacking(stage, environment):
+        return report.ended(name, "skipped", reason=reason)
+    start, limit = time.monotonic(), min(stage.limit, deadline - time.monotonic())
+    measurements = (report.folder / f"{name}.jsonl").resolve()
+    command = command_of(stage, environment, limit, measurements)
+    begin, status = report.begin(f"==== {name}: {' '.join(command)}"), "interrupted"
+    with report.log.open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        status = "ok" if process.wait(limit) == 0 else "FAILED"
     except subprocess.TimeoutExpired:
-        print(f"{name}: stopped after {stage.limit:.0f} s")
-        code = -1
-    finally:  # Ctrl-C too: a process group of its own does not hear it
+        status = "timed out"
+    finally:  # SIGTERM and Ctrl-C too: a process group of its own does not hear them
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "ok" if code == 0 else "FAILED", time.monotonic() - start
+            with suppress(subprocess.TimeoutExpired):  # the driver may hold a process for good
+                process.wait(10)
+        report.ended(name, status, time.monotonic() - start, limit)
+        report.measured(name, measurements, partial=status != "ok")
+        report.say(report.output(begin, stage.shown if status == "ok" else max(TAIL, stage.shown)))
+        report.trim(begin)
+
+
+def command_of(stage: Stage, environment: dict[str, str], limit: float, measurements: Path) -> list[str]:
+    """With the limits that the stage keeps by itself: a test's, and a tenth less than its own where it measures."""
+    if stage.measures:
+        return [*stage.command, "--out", str(measurements), "--budget", f"{0.9 * limit:.1f}"]
+    if stage.command[1:3] == ["-m", "pytest"] and runs("import pytest_timeout", environment):
+        return [*stage.command, f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+    return stage.command
+
+
+def lacking(stage: Stage, environment: dict[str, str]) -> str:
+    """What this machine has not, of what the stage cannot do without."""
+    if not shutil.which(stage.command[0]):
+        return f"{stage.command[0]} is not here"
+    return "" if not stage.needs or runs(stage.needs, environment) else f"no: {stage.needs.split(';')[0]}"
+
+
+def runs(code: str, environment: dict[str, str]) -> bool:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True).returncode == 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # multiprocessing would wait for a probe that the driver holds
