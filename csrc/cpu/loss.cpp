@@ -1,6 +1,7 @@
 // Cross-entropy of a linear head on the CPU, a chunk of tokens at a time. The products are torch's, or ours where torch
-// has none for the dtype (product.h); softmax and gradient are ours. Logits are transposed, [V, chunk]: in two of the three products the V rows are then the rows of the larger
-// operand as they lie in memory, and nothing but the chunk's hidden states is packed.
+// has none for the dtype (product.h); softmax and gradient are ours. Logits are transposed, [V, chunk]: in two of the three
+// products the V rows are then the rows of the larger operand as they lie in memory, and nothing but the chunk's hidden
+// states is packed.
 // T tokens, D hidden, V vocabulary, N labeled tokens; the others are left out from the start and cost nothing.
 #include "kernels/loss.h"
 
@@ -57,12 +58,12 @@ void mm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = f
 // The three products of a chunk of n tokens, by torch or by the expert layer's kernels.
 struct Products {
   const Head& h;
-  const bool torch = torch_multiplies(h.dtype) || h.lm_head.stride(1) != 1 || h.lm_head.stride(0) != h.D;
+  const bool torch = torch_multiplies(h.dtype) || h.lm_head.stride(1) != 1;  // ours take rows
 
   // logits[V, n] = lm_head . x^T
   void logits(const Tensor& out, const Tensor& x, int64_t n) const {
     if (torch) return mm(out.view({h.V, n}, {n, 1}), h.lm_head, x.view({h.D, n}, {1, h.D}));
-    product_nt(h.dtype, h.lm_head.data(), x.data(), h.V, n, h.D, out.data());
+    product_nt(h.dtype, h.lm_head.data(), h.lm_head.stride(0), x.data(), h.V, n, h.D, out.data());
   }
   // dlm_head[V, D] (+)= g . x
   void dlm_head(const Tensor& out, const Tensor& g, const Tensor& x, int64_t n, bool accumulate) const {
@@ -72,7 +73,7 @@ struct Products {
   // dx[n, D] = g^T . lm_head
   void dx(const Tensor& out, const Tensor& g, int64_t n) const {
     if (torch) return mm(out.view({n, h.D}, {h.D, 1}), g.view({n, h.V}, {1, n}), h.lm_head);
-    product_tn(h.dtype, g.data(), h.lm_head.data(), n, h.D, h.V, out.data());
+    product_tn(h.dtype, g.data(), h.lm_head.data(), h.lm_head.stride(0), n, h.D, h.V, out.data());
   }
 };
 

@@ -42,11 +42,12 @@ bool torch_multiplies(DType dtype) {
   return dtype == DType::f32;
 }
 
-void product_nt(DType dtype, const void* a, const void* b, int64_t M, int64_t N, int64_t K, void* out) {
+void product_nt(DType dtype, const void* a, int64_t a_stride, const void* b, int64_t M, int64_t N, int64_t K,
+                void* out) {
   run_tasks(blocks(M, N, kOuterRows, kColumns), num_threads(), kOuterRows * kColumns * 4,
             [&](const Block& t, char* scratch) {
               const void* rows[kOuterRows];
-              for (int64_t m = t.m0; m < t.m1; m++) rows[m - t.m0] = at(a, dtype, m * K);
+              for (int64_t m = t.m0; m < t.m1; m++) rows[m - t.m0] = at(a, dtype, m * a_stride);
               float* c = reinterpret_cast<float*>(scratch);
               const int64_t n = t.n1 - t.n0;
               gemm_kernels().dot_gemm[static_cast<int>(dtype)](
@@ -74,7 +75,8 @@ void product_nn(DType dtype, const void* a, const void* b, int64_t M, int64_t N,
             });
 }
 
-void product_tn(DType dtype, const void* a, const void* b, int64_t M, int64_t N, int64_t K, void* out) {
+void product_tn(DType dtype, const void* a, const void* b, int64_t b_stride, int64_t M, int64_t N, int64_t K,
+                void* out) {
   constexpr int64_t table_bytes = 2 * kDepth * static_cast<int64_t>(sizeof(void*));
   constexpr int64_t sums_bytes = kOuterRows * kNarrow * 4;
   const int64_t packed_bytes = wgrad_scratch(kDepth, kOuterRows) + kDepth * (kOuterRows + kNarrow) * 4;
@@ -87,7 +89,7 @@ void product_tn(DType dtype, const void* a, const void* b, int64_t M, int64_t N,
               for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
                 const int64_t k = std::min(kDepth, K - k0);
                 for (int64_t i = 0; i < k; i++)
-                  a_rows[i] = at(a, dtype, (k0 + i) * M), b_rows[i] = at(b, dtype, (k0 + i) * N + t.n0);
+                  a_rows[i] = at(a, dtype, (k0 + i) * M), b_rows[i] = at(b, dtype, (k0 + i) * b_stride + t.n0);
                 gemm_kernels().wgrad_gemm_f32[static_cast<int>(dtype)](
                     {a_rows, b_rows, k, t.m0, t.m1 - t.m0, n, sums, n, k0 ? Output::accumulate : Output::overwrite,
                      scratch + table_bytes + sums_bytes, packed_bytes});

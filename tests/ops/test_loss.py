@@ -33,6 +33,7 @@ CASES = {
     "odd": Case(67, 33, 1029, 3),
     "chunks": Case(300, 64, 1100, 4),
     "two_chunks": Case(129, 64, 512),
+    "wide": Case(130, 520, 530),  # more columns and rows than a task of the dense products
 }
 
 

@@ -109,6 +109,16 @@ MUTANTS = {
     "only the last chunk in the head's gradient": Mutant(
         "linear_cross_entropy_chunks", HOST + "loss.cpp", HOST + "loss.cpp", "x, n, first > 0)", "x, n, false)"
     ),
+    "only the last rows of a sum in hidden's gradient": Mutant(
+        "linear_cross_entropy", HOST + "product.cpp", HOST + "product.cpp", "k0 ? Output::accumulate : Output", "Output"
+    ),
+    "what is there not added to in the head's gradient": Mutant(
+        "linear_cross_entropy_chunks",
+        HOST + "product.cpp",
+        HOST + "product.cpp",
+        "n, row, nullptr, row",
+        "n, nullptr, nullptr, row",
+    ),
     "ties to the higher id": Mutant(
         "route_topk", "routing.cpp", "routing.cpp", "best[i] > best[v]", "best[i] >= best[v]"
     ),
