@@ -1,6 +1,8 @@
 """The expert layer in training: only the wanted gradients, main_grads, autocast, checkpointing, tracing."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sail_ops
 from sail_ops import reference, testing
+from sail_ops._autograd import Need
 from sail_ops.testing import ExpertsCase
 
 DTYPES = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -22,6 +25,16 @@ def run(args: Layer, **kwargs) -> testing.Run:
 
 
 # ---- only what is wanted
+
+
+def test_bits_of_needs_are_those_of_csrc() -> None:
+    header = (Path(__file__).resolve().parents[2] / "csrc" / "torch" / "moe.h").read_text()
+    (body,) = re.findall(r"enum Need \{(.*?)\};", header, re.S)
+    bits = {
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper(): int(bit)
+        for name, bit in re.findall(r"k(?:Need)?(\w+) = (\d+)", body)
+    }
+    assert bits == {need.name: need.value for need in Need}
 
 
 @pytest.mark.parametrize("wanted", ["x", "gate_up", "down", "weights"])
