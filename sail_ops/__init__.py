@@ -1,5 +1,6 @@
 """Fused operators for mixture-of-experts models: the public list, nothing else."""
 
+from ._backends import supports
 from ._library import empty_cache
 from .activation import swiglu
 from .attention import attention, attention_varlen
@@ -27,5 +28,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "route_topk",
+    "supports",
     "swiglu",
 ]

@@ -96,7 +96,7 @@ def test_neither_library_nor_nvcc(
 
 def test_the_steps_name_every_operator() -> None:
     """A new operator is watched by the sanitizer, or this says so."""
-    from sail_ops.__main__ import operators
+    from sail_ops._backends import operators
 
     source = Path(small_steps.__file__).read_text()
     missing = [name for name in operators() if f"sail_ops.{name.removesuffix('_backward')}(" not in source]
@@ -119,7 +119,7 @@ class Calls(TorchDispatchMode):
 
 def test_every_operator_names_a_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not CUDA's "no kernel image". The card is looked up once a thread: here it is a supported one, then none."""
-    from sail_ops.__main__ import operators
+    from sail_ops._backends import operators
 
     x, gate_up, down, _, _ = (t.detach().requires_grad_(t.is_floating_point()) for t in layer(CASE, torch.bfloat16))
     ends = torch.arange(1, CASE.E + 1).mul(12).int()
