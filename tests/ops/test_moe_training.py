@@ -54,9 +54,9 @@ def backward(args: Layer, needs: int, main: tuple[Tensor | None, ...] = (None, N
 
 
 def test_an_unwanted_gradient_is_neither_allocated_nor_computed() -> None:
-    args = layer(CASE)
+    args = layer(CASE, torch.bfloat16)
     x, gate_up, down, _, weights = args
-    first, second = biases(CASE, torch.float32)
+    first, second = biases(CASE, torch.bfloat16)
     everything = backward(args, 63)
     shapes = [t.shape for t in (x, gate_up, torch.empty(0), down, weights, first, second)]
     assert [t.shape for t in everything] == shapes
@@ -67,7 +67,7 @@ def test_an_unwanted_gradient_is_neither_allocated_nor_computed() -> None:
 
 
 def test_pre_activations_of_dropped_ids_are_not_read() -> None:
-    x, gate_up, down, ids, weights = detached(*layer(CASE))
+    x, gate_up, down, ids, weights = detached(*layer(CASE, torch.bfloat16))
     none = (None,) * 3
     h = ops.fused_experts(x, gate_up, None, down, ids, weights, None, None, 0, None, True)[1]
     rows = int(((ids >= 0) & (ids < CASE.E)).sum())
@@ -201,10 +201,10 @@ def test_tracing_of_sorted_rows() -> None:
 @pytest.mark.parametrize("op", ["fused_experts", "grouped_experts"])
 @pytest.mark.parametrize("main", [False, True], ids=["returned", "added"])
 def test_opcheck_of_the_expert_layer(op: str, main: bool) -> None:
-    x, gate_up, down, ids, weights = detached(*layer(CASE._replace(routing="uniform")))
+    x, gate_up, down, ids, weights = detached(*layer(CASE._replace(routing="uniform"), torch.bfloat16))
     where, scale = (ids, weights) if op == "fused_experts" else (SORTED, weights[:, 0].contiguous())
     forward, backward = getattr(ops, op).default, getattr(ops, op + "_backward").default
-    bias = detached(*biases(CASE, torch.float32))
+    bias = detached(*biases(CASE, torch.bfloat16))
     args = (x, gate_up, None, down, where, scale, *bias, 0, 2.0)
     torch.library.opcheck(forward, (*args, True))
     h = forward(*args, True)[1]
@@ -214,7 +214,7 @@ def test_opcheck_of_the_expert_layer(op: str, main: bool) -> None:
 
 
 def test_opcheck_of_grouped_mm() -> None:
-    x, gate_up, _, _, _ = detached(*layer(CASE))
+    x, gate_up, _, _, _ = detached(*layer(CASE, torch.bfloat16))
     for w in (gate_up.transpose(1, 2), gate_up.transpose(1, 2).contiguous()):
         torch.library.opcheck(ops.grouped_mm.default, (x, w, SORTED))
         dy = ops.grouped_mm(x, w, SORTED)
