@@ -8,6 +8,8 @@ The released templates write `<|im_system|>` and `<|im_assistant|>`, which are n
 corrected here, to what its own `chat` method writes.
 """
 
+from typing import Any
+
 IMAGE_PLACEHOLDER = "<image>"
 
 SYSTEM_MESSAGE = "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。"
@@ -61,3 +63,20 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """.replace("IMAGE", IMAGE_PLACEHOLDER).replace("SYSTEM", SYSTEM_MESSAGE)
 CHAT_TEMPLATE = CHAT_TEMPLATE.replace("THINKING", THINKING_SUFFIX.replace("\\", "\\\\"))
+
+
+def with_data_urls(conversation: Any) -> Any:
+    """A copy of the messages, or of a list of conversations, that has pictures given as base64 in `data:` URLs."""
+    if isinstance(conversation, list | tuple):
+        return [with_data_urls(item) for item in conversation]
+    if isinstance(conversation, dict) and isinstance(conversation.get("content"), list | tuple):
+        return conversation | {"content": [_with_data_url(part) for part in conversation["content"]]}
+    return conversation
+
+
+def _with_data_url(part: Any) -> Any:
+    if not isinstance(part, dict) or part.get("type") != "image" or "base64" not in part:
+        return part
+    data = part["base64"]
+    others = {key: value for key, value in part.items() if key != "base64"}
+    return others | {"url": data if data.startswith("data:") else f"data:;base64,{data}"}

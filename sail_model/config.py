@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 
 @strict
@@ -69,10 +68,9 @@ class SailVL2Config(PreTrainedConfig):
     """
 
     model_type = "sail_vl2"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(SailViTConfig),
-        "text_config": SubConfigSpec(AutoConfig, model_type="qwen3"),
-    }
+    sub_configs = {"vision_config": SailViTConfig, "text_config": AutoConfig}
+    # what the Trainer's evaluation leaves out of the predictions: their first dimension is not the batch
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "counts_ME", "prob_sum_ME", "num_tokens"]
 
     vision_config: Any = None  # given as a dict, a config or None; a SailViTConfig from then on
     text_config: Any = None  # likewise a Qwen3Config or Qwen3MoeConfig
@@ -83,6 +81,10 @@ class SailVL2Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = SailViTConfig(**(self.vision_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "qwen3"} | (self.text_config or {}))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         _require("SailVL2Config", self, dict(ps_version="v2", select_layer=-1))

@@ -1,25 +1,31 @@
-"""From a picture to tiles of pixels: dynamic tiling, a thumbnail, ImageNet normalization. PIL and numpy only.
+"""Pictures from wherever they come, as 8-bit RGB as a viewer would show them."""
 
-A grid of i x j tiles that comes closest to the picture's aspect ratio is filled by resizing the picture to it; where
-that gives more than one tile, the whole picture follows as one more, the thumbnail.
-Source: released preprocessor of SAIL-VL2-2B; the tiling is InternVL 1.5's (arXiv 2404.16821, section 3.3).
-"""
-
+import http.client
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_processing_utils import BaseImageProcessor
+from PIL import ExifTags, Image
 
-ImageSource = Image.Image | NDArray[np.uint8] | str | Path | bytes
+ImageSource = Image.Image | NDArray[Any] | str | Path | bytes
+Images = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource] | None]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+URL_TIMEOUT = 30.0  # seconds
+# What undoes the rotation or reflection that a camera notes in EXIF, by its number there (EXIF 2.32, tag 0x0112).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class CorruptImageError(ValueError):
@@ -27,102 +33,96 @@ class CorruptImageError(ValueError):
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Decode a picture completely and convert it to RGB.
+    """Decode a picture completely: 8-bit RGB, upright, on white where it is transparent.
 
-    `source`: a PIL image, uint8 pixels [H, W, 3] or [H, W], a path, or the bytes of a file. Raises CorruptImageError
-    where the data is no complete picture; a path that does not exist stays a FileNotFoundError.
+    `source`: a PIL image, an array, a path, the bytes of a file, or a `data:`, `http:` or `https:` URL. An array is
+    [H, W] or [H, W, C] with 1 to 4 channels (gray, gray and alpha, RGB, RGB and alpha), of uint8, uint16, bool, or
+    floats from 0 to 1. 16 bits are scaled to 8; of several frames the first is taken.
+
+    Raises CorruptImageError where data or image cannot be decoded, or leave open what is white (integers of 32 bits,
+    floats beyond 0 to 1); OSError where a file or URL cannot be read; for arrays ValueError, for other types TypeError.
     """
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3):
-            raise ValueError(f"load_image: wanted uint8 [H, W, 3] or [H, W], got {source.dtype} {list(source.shape)}")
-        source = Image.fromarray(source)
+        source = _from_array(source)
+    elif not isinstance(source, Image.Image | str | os.PathLike | bytes):
+        raise TypeError(f"load_image: wanted a PIL image, array, path, URL or bytes, got {type(source).__name__}")
+    if isinstance(source, str | os.PathLike):
+        source = _read(os.fspath(source))
     try:
-        if isinstance(source, str | Path):
-            source = Path(source).read_bytes()  # so that no failure leaves the file open
-        if isinstance(source, bytes):
-            source = Image.open(io.BytesIO(source))
-        image = source.convert("RGB")
-    except FileNotFoundError:
+        image = _rgb(Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source)
+    except MemoryError:
         raise
-    # PIL reports a truncated or malformed file as any of these, depending on the format
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a malformed file Pillow's decoders raise nearly anything
         raise CorruptImageError(f"load_image: cannot decode the picture: {error}") from error
     if not all(image.size):
         raise CorruptImageError(f"load_image: the picture is empty, {image.size[0]} x {image.size[1]} pixels")
     return image
 
 
-def tile_grid(width: int, height: int, tile: int, max_tiles: int) -> tuple[int, int]:
-    """(columns, rows) of the grid nearest to width / height, with columns * rows <= max_tiles.
-
-    Among grids of equal nearness the larger one wins as long as the picture has more than half its pixels.
-    """
-    grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles // i + 1)]
-    best, best_distance = (1, 1), float("inf")
-    for i, j in sorted(grids, key=lambda grid: grid[0] * grid[1]):
-        distance = abs(width / height - i / j)
-        larger_fits = width * height > 0.5 * tile * tile * i * j
-        if distance < best_distance or (distance == best_distance and larger_fits):
-            best, best_distance = (i, j), distance
-    return best
+def flat_images(images: Images | None) -> list[ImageSource]:
+    """One picture, several, or a list of them for each prompt, as one list; None is no picture."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4):
+        return [image for item in images for image in flat_images(item)]
+    return [images]  # type: ignore[list-item]
 
 
-class SailVL2ImageProcessor(BaseImageProcessor):
-    """Pictures -> `pixel_values` [tiles, 3, image_size, image_size] fp32 and `num_tiles`, a count for each picture.
+def _read(location: str) -> bytes:
+    """The bytes of a file or URL."""
+    if not location.startswith(("data:", "http://", "https://")):
+        return Path(location).read_bytes()
+    try:
+        with urlopen(location, timeout=URL_TIMEOUT) as response:
+            return bytes(response.read())
+    except http.client.HTTPException as error:
+        raise OSError(f"load_image: cannot read {location[:80]}: {error!r}") from error
+    except ValueError as error:  # a data URL's base64
+        raise CorruptImageError(f"load_image: cannot decode {location[:80]}: {error}") from error
 
-    `max_dynamic_patch` bounds the grid, so a picture gives at most one tile more. 10 is what the released processor
-    uses (its config.json says 12); it can be given for each call. `image_mean` and `image_std` are ImageNet's.
-    """
 
-    model_input_names = ["pixel_values"]
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright and on white."""
+    image.load()
+    upright = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if upright is not None:
+        image = image.transpose(upright)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
-    def __init__(
-        self,
-        image_size: int = 448,
-        max_dynamic_patch: int = 10,
-        image_mean: Sequence[float] = IMAGENET_MEAN,
-        image_std: Sequence[float] = IMAGENET_STD,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.image_size = image_size
-        self.max_dynamic_patch = max_dynamic_patch
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
 
-    def preprocess(
-        self,
-        images: Sequence[ImageSource],
-        max_dynamic_patch: int | None = None,
-        return_tensors: str | None = None,
-    ) -> BatchFeature:
-        limit = self._limit(max_dynamic_patch)
-        tiles = [self._tiles(load_image(image), limit) for image in images]
-        size = self.image_size
-        pixels = np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.float32)
-        features = BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
-        features["num_tiles"] = [len(part) for part in tiles]
-        return features
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits, or of floats from 0 to 1, as 8 bits; Pillow's own conversion would clip it."""
+    values = np.asarray(image)
+    if image.mode == "I":
+        if image.format not in ("PNG", "PPM"):  # of which Pillow reads 16 bits so
+            raise ValueError("its pixels are integers of 32 bits, which do not say what is white")
+        values = values.astype(np.uint16)
+    gray = _from_array(values)
+    if (transparent := image.info.get("transparency")) is not None:
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
 
-    def num_tiles(self, width: int, height: int, max_dynamic_patch: int | None = None) -> int:
-        """How many tiles a picture of this size gives, thumbnail included: for token budgets before any decoding."""
-        columns, rows = tile_grid(width, height, self.image_size, self._limit(max_dynamic_patch))
-        return columns * rows + (columns * rows > 1)
 
-    def _limit(self, max_dynamic_patch: int | None) -> int:
-        limit = self.max_dynamic_patch if max_dynamic_patch is None else max_dynamic_patch
-        if limit < 1:
-            raise ValueError(f"SailVL2ImageProcessor: max_dynamic_patch must be at least 1, got {limit}")
-        return limit
-
-    def _tiles(self, image: Image.Image, limit: int) -> NDArray[np.float32]:
-        """Tiles row by row, then the thumbnail: [tiles, 3, image_size, image_size]."""
-        size = self.image_size
-        columns, rows = tile_grid(*image.size, size, limit)
-        canvas = np.asarray(image.resize((columns * size, rows * size)))
-        tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-        if len(tiles) > 1:
-            tiles = np.concatenate([tiles, np.asarray(image.resize((size, size)))[None]])
-        mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
-        scaled = (tiles.astype(np.float32) / 255 - mean) / std
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+def _from_array(values: NDArray[Any]) -> Image.Image:
+    """The image of an array as `load_image` takes it."""
+    kind = values.dtype.kind + str(values.dtype.itemsize)
+    channels = values.shape[2] if values.ndim == 3 else 1
+    if values.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or kind not in ("u1", "u2", "b1", "f2", "f4", "f8"):
+        raise ValueError(
+            "load_image: wanted uint8, uint16, bool or floats from 0 to 1, [H, W] or [H, W, 1 to 4], got"
+            f" {values.dtype} {list(values.shape)}"
+        )
+    if not values.size:
+        raise ValueError(f"load_image: the picture is empty, {values.shape[1]} x {values.shape[0]} pixels")
+    if kind != "u1":
+        white = 65535 if kind == "u2" else 1
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= white):  # nor NaN
+            raise ValueError(f"load_image: floats must be from 0 to 1, got {low} to {high}")
+        values = np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+    return Image.fromarray(values[..., 0] if values.ndim == 3 and channels == 1 else values)

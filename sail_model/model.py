@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from .attention import Pack, check_cu_seqlens, pack_of, pack_of_padding, packed_positions
 from .config import SailVL2Config
 from .decoder import Experts, LanguageModel, Statistics
+from .generation import TileGenerationMixin
 from .projector import Projector
 from .vision import Preprocessor, SailViT
 
@@ -41,7 +42,7 @@ class SailVL2Output(ModelOutput):
     num_tokens: Tensor | None = None
 
 
-class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
     """Pictures and text in, next-token logits out. See `forward` for the arguments."""
 
     config_class = SailVL2Config
@@ -50,6 +51,7 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # the Trainer's num_items_in_batch, with which accumulated batches are one batch
     _supports_sdpa = True
     _no_split_modules = ["Block", "DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -80,12 +82,14 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        image_features: Tensor | None = None,
     ) -> SailVL2Output | tuple:
         """loss = mean over labelled positions of -log p(token); also logits, cache and routing statistics.
 
         input_ids [B, L] int64; or inputs_embeds [B, L, D] instead, then without pictures.
         pixel_values [N, 3, image_size, image_size]: the tiles of all pictures of the batch, in the order in which their
             image tokens appear. Each tile fills `config.tokens_per_tile` positions holding `config.image_token_id`.
+        image_features [N, tokens_per_tile, D] in its place: what `get_image_features` gave for those tiles.
         attention_mask [B, L] (with a cache: [B, past + L]), 1 = token, 0 = padding, on either side; or bool
             [B, 1, L, past + L], True where a query may look, which leaves no token out of the routing statistics.
         position_ids [B, L]; by default they count from 0, or from the length of the cache.
@@ -104,7 +108,9 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises ValueError where image tokens and image features differ in number, or for arguments that exclude
         each other; nothing is ever truncated.
         """
-        features = None if pixel_values is None else self.get_image_features(pixel_values)
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("SailVL2: image_features excludes pixel_values")
+        features = image_features if pixel_values is None else self.get_image_features(pixel_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         x_BLD = self._embed(input_ids, inputs_embeds, features, past_key_values)
@@ -159,12 +165,12 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Token embeddings [B, L, D], with image features in the places of image tokens."""
         if inputs_embeds is not None:
             if input_ids is not None or features is not None:
-                raise ValueError("SailVL2: inputs_embeds excludes input_ids and pixel_values")
+                raise ValueError("SailVL2: inputs_embeds excludes input_ids, pixel_values and image_features")
             return inputs_embeds
         if input_ids is None:
             raise ValueError("SailVL2: give input_ids or inputs_embeds")
-        if features is None and cache is not None and cache.get_seq_length() > 0:
-            # the pictures are in the cache; an image token here is one that the model generated
+        if features is None and input_ids.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
+            # a step of generation; to look for image tokens would wait for the device
             return self.get_input_embeddings()(input_ids)
         return self.embed(input_ids, features)
 

@@ -1,5 +1,5 @@
-// Cross-entropy of a linear head on the CPU, a chunk of tokens at a time. The products are torch's, softmax and gradient
-// ours. Logits are transposed, [V, chunk]: in two of the three products the V rows are then the rows of the larger
+// Cross-entropy of a linear head on the CPU, a chunk of tokens at a time. The products are torch's, or ours where torch
+// has none for the dtype (product.h); softmax and gradient are ours. Logits are transposed, [V, chunk]: in two of the three products the V rows are then the rows of the larger
 // operand as they lie in memory, and nothing but the chunk's hidden states is packed.
 // T tokens, D hidden, V vocabulary, N labeled tokens; the others are left out from the start and cost nothing.
 #include "kernels/loss.h"
@@ -11,6 +11,7 @@
 
 #include "../torch/loss.h"
 #include "kernels/elements.h"
+#include "product.h"
 #include "rows.h"
 #include "workspace.h"
 
@@ -52,6 +53,28 @@ void mm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = f
                 : aoti_torch_cpu_mm_out(out.handle(), a.handle(), b.handle()),
      "mm");
 }
+
+// The three products of a chunk of n tokens, by torch or by the expert layer's kernels.
+struct Products {
+  const Head& h;
+  const bool torch = torch_multiplies(h.dtype) || h.lm_head.stride(1) != 1 || h.lm_head.stride(0) != h.D;
+
+  // logits[V, n] = lm_head . x^T
+  void logits(const Tensor& out, const Tensor& x, int64_t n) const {
+    if (torch) return mm(out.view({h.V, n}, {n, 1}), h.lm_head, x.view({h.D, n}, {1, h.D}));
+    product_nt(h.dtype, h.lm_head.data(), x.data(), h.V, n, h.D, out.data());
+  }
+  // dlm_head[V, D] (+)= g . x
+  void dlm_head(const Tensor& out, const Tensor& g, const Tensor& x, int64_t n, bool accumulate) const {
+    if (torch) return mm(out, g.view({h.V, n}, {n, 1}), x.view({n, h.D}, {h.D, 1}), accumulate);
+    product_nn(h.dtype, g.data(), x.data(), h.V, h.D, n, out.data(), accumulate);
+  }
+  // dx[n, D] = g^T . lm_head
+  void dx(const Tensor& out, const Tensor& g, int64_t n) const {
+    if (torch) return mm(out.view({n, h.D}, {h.D, 1}), g.view({n, h.V}, {1, n}), h.lm_head);
+    product_tn(h.dtype, g.data(), h.lm_head.data(), n, h.D, h.V, out.data());
+  }
+};
 
 float read(const Head& h, const Tensor& t, int64_t i) {
   if (h.dtype == DType::f32) return t.ptr<const float>()[i];
@@ -121,19 +144,19 @@ void run(const Head& h, Values& values, const Tensor* dhidden, const Tensor* dlm
   const Tensor x = h.hidden.empty({most, D}, dtype), dx = h.hidden.empty({dhidden ? most : 0, D}, dtype);
   const Tensor buffer = h.hidden.empty({V * most}, dtype);
   advise_huge_pages(buffer.data(), V * most * element_size(h.dtype));
+  const Products products{h};
   for (int64_t first = 0; first < N; first += most) {
     const int64_t n = std::min(most, N - first), step = h.hidden.stride(0) * element_size(h.dtype);
     for (int64_t i = 0; i < n; i++)
       std::memcpy(x.ptr<char>() + i * h.row_bytes, h.hidden.ptr<char>() + h.tokens[first + i] * step, h.row_bytes);
-    const Tensor x_nD = x.view({n, D}, {D, 1}), x_Dn = x.view({D, n}, {1, D});
-    const Tensor logits_Vn = buffer.view({V, n}, {n, 1}), logits_nV = buffer.view({n, V}, {1, n});
-    mm(logits_Vn, h.lm_head, x_Dn);
+    const Tensor logits_Vn = buffer.view({V, n}, {n, 1});
+    products.logits(logits_Vn, x, n);
     for (int64_t i = 0; i < n; i++) values.target[first + i] = read(h, logits_Vn, h.labels[first + i] * n + i);
     log_sum_exp(h, logits_Vn, n, &values.lse[first]);
     if (dhidden || dlm_head) turn_into_gradient(h, values, logits_Vn, first, n);
-    if (dlm_head) mm(*dlm_head, logits_Vn, x_nD, first > 0);
+    if (dlm_head) products.dlm_head(*dlm_head, logits_Vn, x, n, first > 0);
     if (!dhidden) continue;
-    mm(dx.view({n, D}, {D, 1}), logits_nV, h.lm_head);
+    products.dx(dx, logits_Vn, n);
     for (int64_t i = 0; i < n; i++)
       std::memcpy(dhidden->ptr<char>() + h.tokens[first + i] * h.row_bytes, dx.ptr<char>() + i * h.row_bytes,
                   h.row_bytes);

@@ -271,7 +271,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
         return out, gradients(model, out.loss + 0.1 * out.prob_sum_ME.square().mean())
 
     plain, plain_grads = step()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert all(layer.gradient_checkpointing for layer in model.language_model.model.layers)
     again, again_grads = step()
     assert torch.equal(again.loss, plain.loss)

@@ -1,6 +1,9 @@
 """SAIL-VL2's configurations, fresh weights, and checkpoints in and out."""
 
+import copy
+import io
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +142,21 @@ def test_checkpoint_round_trip_is_exact(moe: bool, tied: bool, tmp_path: Path) -
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
     head, embeddings = again.get_output_embeddings().weight, again.get_input_embeddings().weight
     assert (head.data_ptr() == embeddings.data_ptr()) == tied
+
+
+def test_copies_are_the_model_and_not_tied_to_it() -> None:
+    model = lively_model(tiny_config(True, tie_word_embeddings=True))
+    inputs = dict(input_ids=prompt(2, 9, 1)[None], pixel_values=pixels(2))
+    wanted = model(**inputs).logits
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)]
+    model.language_model.model.embed_tokens.weight.data.zero_()
+    for each in copies:
+        assert torch.equal(each(**inputs).logits, wanted)
+        assert each.language_model.lm_head.weight is each.language_model.model.embed_tokens.weight
+        assert each.generation_config.suppress_tokens == [IMAGE]
 
 
 def released_folder(folder: Path, model: Model, **overrides: Any) -> Path:

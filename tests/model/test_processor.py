@@ -1,6 +1,8 @@
 """Tiling, normalization, image tokens, batches, and what happens to pictures that cannot be read."""
 
-import io
+import base64
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from sail_model import (
     SailVL2Processor,
     train_tokenizer,
 )
+from sail_model import processor as processing
 from sail_model.chat import THINKING_SUFFIX
-from sail_model.images import IMAGENET_MEAN, IMAGENET_STD, load_image, tile_grid
+from sail_model.tiling import IMAGENET_MEAN, IMAGENET_STD, tile_grid
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -83,38 +86,29 @@ def test_max_dynamic_patch_of_a_call() -> None:
         processor([picture(300, 200)], max_dynamic_patch=0)
 
 
-def test_every_source_gives_the_same_picture(tmp_path: Path) -> None:
-    image = picture(30, 20)
-    path = tmp_path / "p.png"
-    image.save(path)
-    for source in (image, np.asarray(image), path, str(path), path.read_bytes()):
-        assert np.array_equal(np.asarray(load_image(source)), np.asarray(image))
-    gray = load_image(np.asarray(image)[..., 0])
-    assert gray.mode == "RGB" and gray.size == (30, 20)
-    assert load_image(image.convert("P")).mode == "RGB"
-    with pytest.raises(ValueError, match="float64"):
-        load_image(np.zeros((4, 4, 3)))
+@pytest.mark.parametrize(
+    ("images", "tiles"),
+    [
+        (picture(60, 40), [7]),
+        (np.asarray(picture(60, 40)), [7]),
+        (np.asarray(picture(60, 60))[..., 0], [1]),
+        ([picture(60, 40), picture(60, 60)], [7, 1]),
+        (np.zeros((2, 60, 60, 3), np.uint8), [1, 1]),
+        ([[picture(60, 60)], None, [picture(60, 40), picture(60, 60)]], [1, 7, 1]),
+        ([], []),
+        (None, []),
+    ],
+    ids=["PIL", "array", "gray array", "two", "arrays", "by prompt", "none", "None"],
+)
+def test_one_picture_or_several(images: Any, tiles: list[int]) -> None:
+    assert SailVL2ImageProcessor(TILE, max_dynamic_patch=6)(images)["num_tiles"] == tiles
 
 
-def corrupt(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    picture(64, 64).save(buffer, "JPEG" if kind == "half of a JPEG" else "PNG")
-    whole = buffer.getvalue()
-    if kind == "flipped bytes":
-        return whole[:100] + bytes(255 - byte for byte in whole[100:400]) + whole[400:]
-    return {"empty": b"", "text": b"not a picture", "no header": whole[8:]}.get(kind, whole[: len(whole) // 2])
-
-
-@pytest.mark.parametrize("kind", ["empty", "text", "no header", "half of a JPEG", "half of a PNG", "flipped bytes"])
-def test_corrupt_pictures_raise_their_own_error(kind: str, tmp_path: Path, processor: SailVL2Processor) -> None:
-    data = corrupt(kind)
-    path = tmp_path / "picture"
-    path.write_bytes(data)
-    for source in (data, path, str(path)):
-        with pytest.raises(CorruptImageError, match="cannot decode"):
-            processor(images=[source], text="<image>")
-    with pytest.raises(FileNotFoundError):
-        load_image(tmp_path / "missing.png")
+def test_what_is_no_picture_is_named(processor: SailVL2Processor) -> None:
+    for wrong in (torch.zeros(3, 60, 60), {"bytes": b"", "path": None}, 3):
+        for images in (wrong, [wrong]):
+            with pytest.raises(TypeError, match=f"got {type(wrong).__name__}"):
+                processor(images=images, text="<image>")
 
 
 # ---- text and pictures ----------------------------------------------------------------------------------------------
@@ -157,6 +151,7 @@ def test_token_budget(processor: SailVL2Processor) -> None:
         (None, "<image>", r"1 <image> placeholders, but come with 0"),
         (2, ["<image>", "none"], r"1 <image> placeholders, but come with 2"),
         (1, None, "wanted text"),
+        (None, [], "wanted text"),
     ],
 )
 def test_placeholders_and_pictures_must_agree(
@@ -180,6 +175,33 @@ def test_nothing_is_truncated(processor: SailVL2Processor) -> None:
         processor(images=picture(60, 60), text="<image> a", max_length=length - 1)
 
 
+def test_padding_to_a_length(processor: SailVL2Processor) -> None:
+    texts = ["what", "what shape is it?"]
+    longest = processor(text=texts)
+    for side in ("left", "right"):
+        out = processor(text=texts, padding="max_length", max_length=40, padding_side=side)
+        assert out.input_ids.shape == out.attention_mask.shape == (2, 40)
+        for got, mask, ids, real in zip(*out.values(), *longest.values(), strict=True):
+            assert torch.equal(got[mask.bool()], ids[real.bool()])
+    assert processor(text=texts, padding=False, return_tensors=None)["input_ids"] != longest.input_ids.tolist()
+    with pytest.raises(ValueError, match="tokens, more than max_length=3"):
+        processor(text=texts, padding="max_length", max_length=3)
+    for wrong in (dict(padding="max_length"), dict(truncation=True)):
+        with pytest.raises(ValueError, match="nothing is truncated; padding='max_length' needs a max_length"):
+            processor(text=texts, **wrong)
+
+
+def test_offsets_are_those_of_the_expanded_prompt(processor: SailVL2Processor) -> None:
+    prompt, pictures = "a <image> b <image>", [picture(60, 60)] * 2
+    out = processor(images=pictures, text=prompt, return_offsets_mapping=True, return_text_replacement_offsets=True)
+    (expanded,) = processor.expand([prompt], [1, 1])
+    tokens = [expanded[start:end] for start, end in out["offset_mapping"][0]]
+    assert tokens == [processor.decode(token) for token in out["input_ids"][0]]
+    for span in out["text_replacement_offsets"][0]:
+        assert prompt[slice(*span["span"])] == "<image>"
+        assert expanded[slice(*span["new_span"])] == processor.image_span(1)
+
+
 def test_videos_are_refused(processor: SailVL2Processor) -> None:
     with pytest.raises(ValueError, match="not videos"):
         processor(text="x", videos=[picture(60, 60)])
@@ -190,7 +212,8 @@ def test_processor_round_trip(processor: SailVL2Processor, tmp_path: Path) -> No
     tiny_config(False).save_pretrained(tmp_path)
     inputs = dict(images=picture(150, 100), text="<image>\nwhat shape is in the image?")
     wanted = processor(**inputs)
-    for again in (SailVL2Processor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+    loaded = [cls.from_pretrained(tmp_path) for cls in (SailVL2Processor, AutoProcessor)]
+    for again in (*loaded, copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
         assert isinstance(again, SailVL2Processor)
         assert again.tokens_per_tile == 4
         got = again(**inputs)
@@ -211,6 +234,85 @@ def test_thinking_is_asked_for_through_the_processor_too(processor: SailVL2Proce
         assert torch.equal(plain["pixel_values"], asked["pixel_values"])
 
 
+# ---- messages -------------------------------------------------------------------------------------------------------
+def chat(question: str, *answers: str, **part: Any) -> list[dict[str, Any]]:
+    """A picture, if one is given, and a question; answers and further questions in turn."""
+    pictures = [part | {"type": part.get("type", "image")}] if part else []
+    turns: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+    for answer in answers:
+        turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": "and now?"}]
+    return turns[:-1] if answers else turns
+
+
+def test_pictures_in_messages_by_any_name(processor: SailVL2Processor, tmp_path: Path) -> None:
+    image = picture(60, 60)
+    path = tmp_path / "p.png"
+    image.save(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    url = f"data:image/png;base64,{encoded}"
+    parts: list[dict[str, Any]] = [dict(image=image), dict(image=path), dict(path=str(path)), dict(url=str(path))]
+    parts += [dict(image=np.asarray(image)), dict(image=path.read_bytes()), dict(base64=encoded), dict(base64=url)]
+    parts += [dict(url=url), dict(image=url), dict(type="image_url", image_url={"url": url})]
+    wanted = processor(images=image, text=processor.apply_chat_template(chat("what?", image=image)))
+    for part in parts:
+        messages = chat("what?", **part)
+        before = str(messages)
+        out = processor.apply_chat_template([messages], tokenize=True, return_dict=True)
+        assert all(torch.equal(out[key], value) for key, value in wanted.items()), part.keys()
+        assert str(messages) == before, "the user's messages are left as they are"
+    with pytest.raises(CorruptImageError, match="cannot decode"):
+        processor.apply_chat_template(chat("what?", base64=encoded[:40]), tokenize=True, return_dict=True)
+
+
+def test_a_batch_of_conversations_is_each_of_them(processor: SailVL2Processor) -> None:
+    conversations = [
+        chat("what?", image=picture(150, 100)),
+        chat("what shape?", "blue"),
+        chat("a", image=picture(9, 9)),
+    ]
+    options = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
+    for side in ("left", "right"):
+        batch = processor.apply_chat_template(conversations, **options, processor_kwargs=dict(padding_side=side))
+        alone = [processor.apply_chat_template(one, **options) for one in conversations]
+        for ids, mask, one in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
+            assert torch.equal(ids[mask.bool()], one["input_ids"][0])
+        assert torch.equal(batch["pixel_values"], torch.cat([alone[0]["pixel_values"], alone[2]["pixel_values"]]))
+        assert batch["attention_mask"][:, -1 if side == "left" else 0].all()
+
+
+ANSWERS = ["a circle", "\nblue, 1.\n", ""]
+
+
+@pytest.mark.skipif(not processing.MARKS_ANSWERS, reason="refused by the test below")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_assistant_masks_are_the_answers(side: str, processor: SailVL2Processor) -> None:
+    """The tokens of each answer and its <|im_end|>, among pictures before, between and behind them."""
+    many = chat("what?", *ANSWERS[:2], image=picture(150, 100))
+    many += chat("what?", ANSWERS[2], image=picture(60, 60))
+    conversations = [many, chat("what?"), chat("what?", ANSWERS[0], image=picture(60, 60))]
+    out = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs=dict(padding_side=side),
+    )
+    masks = out["assistant_masks"]
+    assert masks.shape == out["input_ids"].shape and isinstance(masks, torch.Tensor)
+    marked = [processor.decode(ids[mask.bool()]) for ids, mask in zip(out["input_ids"], masks, strict=True)]
+    assert marked == ["".join(answer + "<|im_end|>" for answer in ANSWERS), "", ANSWERS[0] + "<|im_end|>"]
+
+
+def test_assistant_masks_are_refused_where_transformers_loses_answers(
+    processor: SailVL2Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processing, "MARKS_ANSWERS", False)
+    with pytest.raises(ValueError, match=r"transformers >= 5\.18"):
+        processor.apply_chat_template(
+            chat("what?", "blue"), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+
+
 def test_from_messages_to_an_answer(processor: SailVL2Processor) -> None:
     """The documented way: chat template, model inputs, generate, decode."""
     config = tiny_config(True, vocab_size=len(processor.tokenizer), eos_token_id=processor.tokenizer.eos_token_id)
@@ -220,6 +322,7 @@ def test_from_messages_to_an_answer(processor: SailVL2Processor) -> None:
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    stop = dict(stop_strings=["\n\n\n\n"], tokenizer=processor.tokenizer)
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False, **stop)
     assert inputs["input_ids"].shape[1] < ids.shape[1] <= inputs["input_ids"].shape[1] + 3
     assert isinstance(processor.decode(ids[0, inputs["input_ids"].shape[1] :]), str)
