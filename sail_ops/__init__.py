@@ -1,14 +1,15 @@
 """Fused operators for mixture-of-experts models: the public list, nothing else."""
 
+from ._backends import supports
 from ._library import empty_cache
 from .activation import swiglu
 from .attention import attention, attention_varlen
 from .loss import linear_cross_entropy
 from .moe import fused_experts, grouped_experts, grouped_mm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from .reference import Routing
 from .rope import qk_norm_rope, rope
 from .routing import load_balancing_loss, route_topk
+from .types import Routing
 
 __all__ = [
     "Routing",
@@ -27,5 +28,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "route_topk",
+    "supports",
     "swiglu",
 ]

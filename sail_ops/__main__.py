@@ -1,58 +1,54 @@
 """`python -m sail_ops`: what is built, what this machine has, and which implementation each operator will use."""
 
-import ctypes
-import os
 import platform
 import sys
 from importlib.metadata import version
 
 import torch
 
-from . import _flash_attn, _library, _triton
-
-KEYS = ("CPU", "CUDA", "PrivateUse1")  # the last is what torch calls an accelerator from outside, such as an NPU
+from . import _backends, _flash_attn, _library
 
 
 def main() -> int:
     print(f"sail_ops {version('sail-ops')}, torch {torch.__version__}, Python {platform.python_version()}")
     try:
-        isa = _library.cpu_isa()
+        isa = _backends.cpu_isa()
     except ValueError as error:  # SAIL_OPS_ISA names none, or one the machine lacks
         print(f"CPU library   {_library.CPU_LIBRARY}\n  {error}")
         return 1
-    asked = os.environ.get("SAIL_OPS_ISA")
     print(f"CPU library   {_library.CPU_LIBRARY}")
     print(f"  instruction sets usable here: {', '.join(_library.cpu_isas())}")
-    print(f"  in use: {isa} ({f'SAIL_OPS_ISA={asked}' if asked else 'the best; SAIL_OPS_ISA overrides'})")
+    print(f"  in use: {isa}")
     print(f"  threads: {torch.get_num_threads()}, torch's own")
     print(f"CUDA library  {cuda_library()}")
     try:
-        print(f"  attention of bf16 and fp16: {_flash_attn.in_words()}")
+        print(f"  attention of bf16 and fp16: {_flash_attn.describe()}")
     except ValueError as error:  # SAIL_OPS_ATTENTION
         print(f"  {error}")
         return 1
     print(f"devices       {', '.join(['CPU', *cuda_devices()])}")
-    print(f"\n{'operator':28}{'CPU':16}{'CUDA':16}{'PrivateUse1'}")
-    triton = "triton" if _triton.installed() else "triton missing"
-    for name in operators():
-        row = implementations(name)
-        cpu = isa if row["CPU"] else "-"
-        cuda = triton if name in _library.TRITON else "kernel" if row["CUDA"] else "-"
-        print(f"{name:28}{cpu:16}{cuda:16}{'kernel' if row['PrivateUse1'] else '-'}")
+    print(
+        f"\n{'operator':28}"
+        + "".join(f"{kind:16}" for kind in _backends.KEYS)
+        + "\n"
+        + "\n".join(map(row, _backends.operators()))
+    )
     print("\n- : none; a call on such a tensor raises NotImplementedError")
+    for reason in sorted(set(_backends.TRITON.values())):
+        print(f"triton : {reason}")
     return 0
 
 
-def operators() -> list[str]:
-    """The names of torch.ops.sail_ops."""
-    names: list[str] = torch._C._dispatch_get_all_op_names()
-    return sorted(name.removeprefix("sail_ops::") for name in names if name.startswith("sail_ops::"))
+def row(op: str) -> str:
+    """The operator and what serves it on each kind of device."""
+    found = (_backends.serving(op, kind) for kind in _backends.KEYS)
+    return f"{op:28}" + "".join(f"{word(backend):16}" for backend in found)
 
 
-def implementations(name: str) -> dict[str, bool]:
-    """Whether the operator has a kernel of its own, by dispatch key."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {key: has(f"sail_ops::{name}", key) for key in KEYS}
+def word(found: _backends.Support) -> str:
+    if not found:
+        return "triton missing" if "Triton" in found.reason else "-"
+    return {"cpu": _library.cpu_isa(), "cuda": "kernel", "npu": "kernel"}.get(found.backend, found.backend)
 
 
 def cuda_library() -> str:
@@ -62,9 +58,7 @@ def cuda_library() -> str:
         return "not built (no nvcc was found, or SAIL_OPS_CUDA=OFF)"
     if not _library.HAS_CUDA:
         return f"{path}, not loaded: this torch has no CUDA"
-    library = ctypes.CDLL(str(path))
-    library.sail_cuda_archs.restype = ctypes.c_char_p
-    archs = ", ".join(f"sm_{arch}" for arch in library.sail_cuda_archs().decode().split(","))
+    archs = ", ".join(f"sm_{arch}" for arch in _library.cuda_archs().split(","))
     return f"{path}, for {archs}" + (", with CUTLASS's grouped GEMM" if _library.has_cutlass() else "")
 
 

@@ -1,11 +1,24 @@
-"""What the public functions share: when a gradient is needed, and what autocast does to mixed dtypes."""
+"""What the operators share: when and which gradients are needed, and what autocast does to mixed dtypes."""
 
 from collections.abc import Iterable
+from enum import IntFlag
 from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+
+class Need(IntFlag):
+    """Bits of `needs` of the expert layer's backward: which gradients are wanted; csrc/torch/moe.h has the same."""
+
+    X = 1
+    GATE_UP = 2
+    DOWN = 4
+    WEIGHTS = 8
+    GATE_UP_BIAS = 16
+    DOWN_BIAS = 32
+    OVERWRITE = 64  # main gradients are set, not added to
 
 
 def needs_grad(op: str, *tensors: Tensor | None, constants: Iterable[Tensor | None] = ()) -> bool:

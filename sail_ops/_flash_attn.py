@@ -25,7 +25,7 @@ def takes(q: Tensor) -> bool:
     return asked() and q.device.type == DEVICE and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def in_words() -> str:
+def describe() -> str:
     """For `python -m sail_ops`; ValueError where what was asked for is not to be had."""
     if asked():
         return f"flash_attn {package().__version__} (SAIL_OPS_ATTENTION=flash_attn)"

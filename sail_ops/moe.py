@@ -11,14 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library  # noqa: F401  (registers the operators)
-from ._autograd import in_autocast, needs_grad
-from .reference import Biases, GateUp
+from ._autograd import Need, in_autocast, needs_grad
+from .types import Biases, GateUp, MainGrads
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-_NEED_X, _NEED_GATE_UP, _NEED_DOWN, _NEED_WEIGHTS, _NEED_GATE_UP_BIAS, _NEED_DOWN_BIAS = (1 << i for i in range(6))
-_OVERWRITE = 64
-
-MainGrads = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 _ops = torch.ops.sail_ops
 
@@ -248,13 +244,13 @@ class _Experts(torch.autograd.Function):
         family, activation, clamp, main, accumulate = ctx.options
         _, need_x, need_gate, need_up, need_down, _, need_w, need_b1, need_b2, *_ = ctx.needs_input_grad
         needs = (
-            _NEED_X * need_x
-            | _NEED_GATE_UP * (need_gate or need_up)
-            | _NEED_DOWN * need_down
-            | _NEED_WEIGHTS * need_w
-            | _NEED_GATE_UP_BIAS * need_b1
-            | _NEED_DOWN_BIAS * need_b2
-            | _OVERWRITE * (not accumulate)
+            Need.X * need_x
+            | Need.GATE_UP * (need_gate or need_up)
+            | Need.DOWN * need_down
+            | Need.WEIGHTS * need_w
+            | Need.GATE_UP_BIAS * need_b1
+            | Need.DOWN_BIAS * need_b2
+            | Need.OVERWRITE * (not accumulate)
         )
         dx, dgate_up, dup, ddown, dweights, db1, db2 = family.backward(
             dy.contiguous(),
@@ -323,13 +319,13 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
     own_1, own_2 = main[0] is None, main[2] is None
     return (
-        grad(bool(needs & _NEED_X), x),
-        grad(bool(needs & _NEED_GATE_UP) and own_1, gate_up),
-        grad(bool(needs & _NEED_GATE_UP) and own_1, up),
-        grad(bool(needs & _NEED_DOWN) and own_2, down),
-        grad(bool(needs & _NEED_WEIGHTS), weights, torch.float32),
-        grad(bool(needs & _NEED_GATE_UP_BIAS), gate_up_bias),
-        grad(bool(needs & _NEED_DOWN_BIAS), down_bias),
+        grad(bool(needs & Need.X), x),
+        grad(bool(needs & Need.GATE_UP) and own_1, gate_up),
+        grad(bool(needs & Need.GATE_UP) and own_1, up),
+        grad(bool(needs & Need.DOWN) and own_2, down),
+        grad(bool(needs & Need.WEIGHTS), weights, torch.float32),
+        grad(bool(needs & Need.GATE_UP_BIAS), gate_up_bias),
+        grad(bool(needs & Need.DOWN_BIAS), down_bias),
     )
 
 

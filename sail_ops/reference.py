@@ -5,29 +5,18 @@ Slow by design. Tests compare the kernels with these functions in fp64, benchmar
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GateUp = Tensor | tuple[Tensor, Tensor]
-Biases = tuple[Tensor, Tensor]
+from .types import Biases, GateUp, Routing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-class Routing(NamedTuple):
-    """What `route_topk` decides: weights and ids of each token's experts, and the batch statistics."""
-
-    weights_TK: Tensor
-    ids_TK: Tensor
-    counts_E: Tensor
-    prob_sum_E: Tensor
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-6) -> Tensor:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _library  # noqa: F401  (registers the operators)
 from ._autograd import needs_grad
-from .reference import Routing
+from .types import Routing
 
 _route_topk = torch.ops.sail_ops.route_topk.default
 _route_topk_backward = torch.ops.sail_ops.route_topk_backward.default

@@ -3,11 +3,12 @@ cpu (default): one run per CPU instruction set of this machine;  emulated: the C
 (emulated_library.py);  cuda: the CUDA library, tensors being made on the device."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+from refusals import judge_public_operators
 
 from sail_ops import testing
 
@@ -33,12 +34,8 @@ def make_everything_on(device: str) -> None:
 
 if DEVICE == "cuda":
     make_everything_on("cuda")
-# what the CUDA kernels refuse, naming it
-NOT_ON_CUDA = (
-    "got float32, expected bfloat16 or float16 on a CUDA device",
-    "got rows of uneven distance",
-    "expected a multiple of 8 up to 128 on a CUDA device",
-)
+if DEVICE != "cpu":
+    judge_public_operators(None if DEVICE == "cuda" else "cuda")  # before a test module takes one
 
 
 @pytest.fixture(params=testing.cpu_isas() if DEVICE == "cpu" else [DEVICE])
@@ -59,18 +56,6 @@ def device() -> Iterator[None]:
             yield
     else:
         yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """The CUDA kernels take less than the CPU's, and say so: such a case is a skipped one."""
-    try:
-        return (yield)
-    except Exception as error:
-        for refused in NOT_ON_CUDA:
-            if DEVICE != "cpu" and refused in str(error):
-                pytest.skip(refused)
-        raise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

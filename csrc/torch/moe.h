@@ -8,7 +8,8 @@
 namespace sail {
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Bits of `needs`: which gradients are wanted; kOverwrite: main gradients are set, not added to.
+// Bits of `needs`, those of sail_ops/_autograd.py: which gradients are wanted; kOverwrite: main gradients are set, not
+// added to.
 enum Need {
   kNeedX = 1,
   kNeedGateUp = 2,

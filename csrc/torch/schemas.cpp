@@ -5,7 +5,7 @@
 namespace {
 const auto schemas =
     sail::Library::def("sail_ops")
-        // ---- experts: moe.cpp, grouped_mm.cpp. `needs` is a bit mask of the wanted gradients (sail_ops/moe.py);
+        // ---- experts: moe.cpp, grouped_mm.cpp. `needs` is a bit mask of the wanted gradients (moe.h);
         // an unwanted one comes back as an empty tensor. h is the pre-activation, empty if it was not saved.
         .schema(
             "fused_experts(Tensor x, Tensor gate_up, Tensor? up, Tensor down, Tensor ids, Tensor weights,"

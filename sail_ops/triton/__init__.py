@@ -1,7 +1,7 @@
 """Portable GPU kernels: expert layer, grouped product, router, SwiGLU and RMSNorm in Triton, for cards without compiled
 ones. Not LayerNorm, rotary embedding, attention or the loss: csrc/torch/schemas.cpp lists all operators.
 
-Used where the CUDA library is absent or has no code for the card (sail_ops/_triton.py). Same semantics as the CPU's.
+Used where the CUDA library is absent or has no code for the card (sail_ops/_backends.py). Same semantics as the CPU's.
 Nothing synchronizes with the host, no atomics: CUDA graphs can hold every op, and results are the same bits every time.
 """
 

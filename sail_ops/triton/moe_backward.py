@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._autograd import Need
 from .checks import Check, name_of
 from .gemm import constants, grouped_gemm, weight_gradient
 from .kernels import moe as kernels
@@ -19,8 +20,6 @@ from .rows import Rows, RowTiles, route, sorted_rows, tiles_of
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# bits of `needs`, as in sail_ops/moe.py
-_X, _GATE_UP, _DOWN, _WEIGHTS, _GATE_UP_BIAS, _DOWN_BIAS, _OVERWRITE = (1 << i for i in range(7))
 _DOT_COLUMNS = 128  # of dY and down_bias at a time
 _BIAS_ROWS, _BIAS_COLUMNS = 32, 128  # of a program's step: 8 KB of 16-bit rows
 
@@ -45,8 +44,8 @@ def _activations(layer: Layer, rows: Rows, dy: Tensor, h: Tensor, needs: int, dw
     if again:
         h = x.new_empty(R, 2 * F)
         up_projection(layer, rows, row_tiles, h, None)
-    dh = (h if again else x.new_empty(R, 2 * F)) if needs & (_X | _GATE_UP | _GATE_UP_BIAS) else None
-    a_weighted = x.new_empty(R, F) if needs & _DOWN else None
+    dh = (h if again else x.new_empty(R, 2 * F)) if needs & (Need.X | Need.GATE_UP | Need.GATE_UP_BIAS) else None
+    a_weighted = x.new_empty(R, F) if needs & Need.DOWN else None
     dots = x.new_empty(columns, R, dtype=torch.float32) if dweights is not None else None
     launch(
         kernels.activation_gradient_kernel,
@@ -171,21 +170,21 @@ def _backward(
         c.shape("h", h, rows.total, 2 * F)
         c.contiguous("h", h)
         c.dtype("h", h, x.dtype)
-    if needs & _GATE_UP and main_gate_up is not None:
+    if needs & Need.GATE_UP and main_gate_up is not None:
         _check_main(c, (gate_up, up), (main_gate_up, main_up))
-    if needs & _DOWN and main_down is not None:
+    if needs & Need.DOWN and main_down is not None:
         _check_main(c, (layer.down, None), (main_down, None))
 
     shape = (rows.total,) if rows.order is None else (x.shape[0], rows.top_k)
     # zeros: what dropped ids and tail rows get
-    dweights = x.new_zeros(shape if needs & _WEIGHTS else 0, dtype=torch.float32)
-    p = _activations(layer, rows, dy, h, needs, dweights if needs & _WEIGHTS else None)
+    dweights = x.new_zeros(shape if needs & Need.WEIGHTS else 0, dtype=torch.float32)
+    p = _activations(layer, rows, dy, h, needs, dweights if needs & Need.WEIGHTS else None)
 
     dx, dgate_up, dup, ddown, dgate_up_bias, ddown_bias = (x.new_empty(0) for _ in range(6))  # no two may be one
-    if needs & _X:
+    if needs & Need.X:
         dx = _dx(p)
-    accumulate = not needs & _OVERWRITE
-    if needs & _GATE_UP:
+    accumulate = not needs & Need.OVERWRITE
+    if needs & Need.GATE_UP:
         assert p.dh is not None
         own = main_gate_up is None
         first = torch.empty_like(gate_up) if main_gate_up is None else main_gate_up
@@ -196,18 +195,18 @@ def _backward(
             weight_gradient(dh, x, out, rows, gather_b=True, accumulate=accumulate and not own)
         if own:
             dgate_up, dup = first, dup if second is None else second
-    if needs & _DOWN:
+    if needs & Need.DOWN:
         assert p.a_weighted is not None
         out = torch.empty_like(layer.down) if main_down is None else main_down
         adding = accumulate and main_down is not None
         weight_gradient(dy, p.a_weighted, out, rows, gather_a=True, accumulate=adding)
         if main_down is None:
             ddown = out
-    if needs & _GATE_UP_BIAS:
+    if needs & Need.GATE_UP_BIAS:
         assert p.dh is not None
         dgate_up_bias = x.new_empty(layer.down.shape[0], 2 * F)
         _bias_gradient(p, p.dh, dgate_up_bias, tokens=False)
-    if needs & _DOWN_BIAS:
+    if needs & Need.DOWN_BIAS:
         ddown_bias = x.new_empty(layer.down.shape[:2])
         _bias_gradient(p, dy, ddown_bias, tokens=True)
     return dx, dgate_up, dup, ddown, dweights, dgate_up_bias, ddown_bias
@@ -261,5 +260,6 @@ def grouped_experts_backward(
     c = Check("grouped_experts_backward")
     layer = check_layer(c, x, gate_up, up, down, gate_up_bias, down_bias, activation, clamp, 1)
     rows = sorted_rows(c, offsets, weights, x, down.shape[0])
-    needs &= ~(_WEIGHTS if weights is None else 0)
+    if weights is None:
+        needs &= ~Need.WEIGHTS
     return _backward(c, layer, rows, dy, h, gate_up, up, needs, main_gate_up, main_up, main_down)

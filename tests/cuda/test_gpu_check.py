@@ -30,7 +30,7 @@ def test_the_step_of_graphs_and_streams() -> None:
 
 def test_the_steps_name_every_operator() -> None:
     """A new operator is watched by the sanitizer, or this says so."""
-    from sail_ops.__main__ import operators
+    from sail_ops._backends import operators
 
     source = Path(small_steps.__file__).read_text()
     missing = [name for name in operators() if f"sail_ops.{name.removesuffix('_backward')}(" not in source]
@@ -54,7 +54,7 @@ class Calls(TorchDispatchMode):
 def test_small_steps_and_a_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps run every operator; each of those names a card that the library has no code for, not CUDA's "no kernel
     image". The card is looked up once a thread: here it is a supported one, then none."""
-    from sail_ops.__main__ import operators
+    from sail_ops._backends import operators
 
     x, gate_up, down, _, _ = (t.detach().requires_grad_(t.is_floating_point()) for t in layer(CASE, torch.bfloat16))
     ends = torch.arange(1, CASE.E + 1).mul(12).int()

@@ -3,15 +3,14 @@
 import inspect
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sail_ops import _library, _triton
+from sail_ops import _backends, _library, _triton
 
 ONCE = pytest.mark.skipif(bool(torch.version.cuda), reason="registered by the import")
-SUBPROCESS = "from sail_ops import _library, _triton, __main__ as report; import torch, sail_ops\n"
+SUBPROCESS = "from sail_ops import _backends, _triton, __main__ as report; import torch, sail_ops\n"
 
 
 def output(code: str) -> str:
@@ -29,7 +28,7 @@ def test_signatures_are_those_of_the_schemas() -> None:
 
 @ONCE
 def test_every_operator_without_a_compiled_kernel_gets_triton() -> None:
-    said = output("_library.TRITON = _library.use_triton(); print(*_library.TRITON); report.main()").splitlines()
+    said = output("_backends.TRITON = _backends.use_triton(); print(*_backends.TRITON); report.main()").splitlines()
     names = said[0].split()
     assert names == [n for n in _triton.OPERATORS if n in names] and {"fused_experts", "rms_norm"} <= set(names)
     rows = [line.split() for line in said if line.startswith(tuple(names)) and line != said[0]]
@@ -38,7 +37,7 @@ def test_every_operator_without_a_compiled_kernel_gets_triton() -> None:
 
 @ONCE
 def test_triton_is_not_imported_before_its_first_call() -> None:
-    assert output("import sys; _library.use_triton(); print('triton' in sys.modules)").strip() == "False"
+    assert output("import sys; _backends.use_triton(); print('triton' in sys.modules)").strip() == "False"
 
 
 def test_a_call_without_triton_names_what_is_missing() -> None:
@@ -69,15 +68,6 @@ def test_which_card_runs_which_code(archs: str, card: tuple[int, int], runs: boo
     assert _triton.runs_on(archs, card) == runs
 
 
-class Archs:
-    """The library's function."""
-
-    restype = None
-
-    def __call__(self) -> bytes:
-        return b"80,90a"
-
-
 @pytest.mark.parametrize(
     "cards, asked, replaced",
     [([(9, 0)], False, False), ([(12, 0)], False, True), ([(9, 0), (12, 0)], False, False), ([], False, False)]
@@ -86,10 +76,9 @@ class Archs:
 def test_compiled_kernels_are_replaced_on_cards_without_code(
     monkeypatch: pytest.MonkeyPatch, cards: list[tuple[int, int]], asked: bool, replaced: bool
 ) -> None:
-    monkeypatch.setattr(_library, "HAS_CUDA", True)
-    monkeypatch.setattr(_library.ctypes, "CDLL", lambda _: SimpleNamespace(sail_cuda_archs=Archs()))
+    monkeypatch.setattr(_library, "cuda_archs", lambda: "80,90a")
     monkeypatch.setattr(_triton, "cards", lambda: cards)
     monkeypatch.setattr(_triton, "register", lambda names, reason: None)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: "norm" in name)
-    got = _library.use_triton(asked)
+    got = _backends.use_triton(asked)
     assert "fused_experts" in got and ("rms_norm" in got) == replaced

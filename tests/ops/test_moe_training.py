@@ -1,6 +1,8 @@
 """The expert layer in training: only the wanted gradients, main_grads, autocast, checkpointing, tracing."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sail_ops
 from sail_ops import reference, testing
+from sail_ops._autograd import Need
 from sail_ops.testing import ExpertsCase
 
 DTYPES = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -22,6 +25,16 @@ def run(args: Layer, **kwargs) -> testing.Run:
 
 
 # ---- only what is wanted
+
+
+def test_bits_of_needs_are_those_of_csrc() -> None:
+    header = (Path(__file__).resolve().parents[2] / "csrc" / "torch" / "moe.h").read_text()
+    (body,) = re.findall(r"enum Need \{(.*?)\};", header, re.S)
+    bits = {
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper(): int(bit)
+        for name, bit in re.findall(r"k(?:Need)?(\w+) = (\d+)", body)
+    }
+    assert bits == {need.name: need.value for need in Need}
 
 
 @pytest.mark.parametrize("wanted", ["x", "gate_up", "down", "weights"])
@@ -41,9 +54,9 @@ def backward(args: Layer, needs: int, main: tuple[Tensor | None, ...] = (None, N
 
 
 def test_an_unwanted_gradient_is_neither_allocated_nor_computed() -> None:
-    args = layer(CASE)
+    args = layer(CASE, torch.bfloat16)
     x, gate_up, down, _, weights = args
-    first, second = biases(CASE, torch.float32)
+    first, second = biases(CASE, torch.bfloat16)
     everything = backward(args, 63)
     shapes = [t.shape for t in (x, gate_up, torch.empty(0), down, weights, first, second)]
     assert [t.shape for t in everything] == shapes
@@ -54,7 +67,7 @@ def test_an_unwanted_gradient_is_neither_allocated_nor_computed() -> None:
 
 
 def test_pre_activations_of_dropped_ids_are_not_read() -> None:
-    x, gate_up, down, ids, weights = detached(*layer(CASE))
+    x, gate_up, down, ids, weights = detached(*layer(CASE, torch.bfloat16))
     none = (None,) * 3
     h = ops.fused_experts(x, gate_up, None, down, ids, weights, None, None, 0, None, True)[1]
     rows = int(((ids >= 0) & (ids < CASE.E)).sum())
@@ -188,10 +201,10 @@ def test_tracing_of_sorted_rows() -> None:
 @pytest.mark.parametrize("op", ["fused_experts", "grouped_experts"])
 @pytest.mark.parametrize("main", [False, True], ids=["returned", "added"])
 def test_opcheck_of_the_expert_layer(op: str, main: bool) -> None:
-    x, gate_up, down, ids, weights = detached(*layer(CASE._replace(routing="uniform")))
+    x, gate_up, down, ids, weights = detached(*layer(CASE._replace(routing="uniform"), torch.bfloat16))
     where, scale = (ids, weights) if op == "fused_experts" else (SORTED, weights[:, 0].contiguous())
     forward, backward = getattr(ops, op).default, getattr(ops, op + "_backward").default
-    bias = detached(*biases(CASE, torch.float32))
+    bias = detached(*biases(CASE, torch.bfloat16))
     args = (x, gate_up, None, down, where, scale, *bias, 0, 2.0)
     torch.library.opcheck(forward, (*args, True))
     h = forward(*args, True)[1]
@@ -201,7 +214,7 @@ def test_opcheck_of_the_expert_layer(op: str, main: bool) -> None:
 
 
 def test_opcheck_of_grouped_mm() -> None:
-    x, gate_up, _, _, _ = detached(*layer(CASE))
+    x, gate_up, _, _, _ = detached(*layer(CASE, torch.bfloat16))
     for w in (gate_up.transpose(1, 2), gate_up.transpose(1, 2).contiguous()):
         torch.library.opcheck(ops.grouped_mm.default, (x, w, SORTED))
         dy = ops.grouped_mm(x, w, SORTED)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sail_ops.__main__ import operators
+from sail_ops._backends import operators
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sail_ops import testing
-from sail_ops.reference import Biases, GateUp
 from sail_ops.testing import ExpertsCase
+from sail_ops.types import Biases, GateUp
 
 # rows of a weight's gradient that are judged together: of an expert with one row it is an outer product, each of its
 # rows as far off as one number
