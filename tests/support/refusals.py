@@ -13,6 +13,13 @@ from sail_ops import supports
 from sail_ops._backends import DTYPES, operators
 
 
+def judged_operator(name: str) -> Callable[..., Any]:
+    """torch.ops.sail_ops.<name>, its calls held to `supports` where the public functions' are."""
+    op: Callable[..., Any] = getattr(torch.ops.sail_ops, name)
+    judge = getattr(getattr(sail_ops, name), "judge", None)
+    return judge(op) if judge else op
+
+
 def judge_public_operators(backend: str | None) -> None:
     """From now on a call that `backend` (None: what serves CUDA here) does not take must raise ValueError (with the
     reason that `supports` gives, its test is skipped); every other call must do as the test says."""
@@ -40,6 +47,7 @@ def _judged(name: str, op: Callable[..., Any], backend: str | None) -> Callable[
             raise
         raise AssertionError(f"sail_ops.{name} ran, though sail_ops.supports says: {answer.reason}")
 
+    call.judge = functools.partial(_judged, name, backend=backend)  # type: ignore[attr-defined]
     return call
 
 
