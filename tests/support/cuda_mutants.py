@@ -5,6 +5,7 @@ library takes the place of the one before under torch's CUDA key.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,11 @@ class Mutant(NamedTuple):
 def failures(module: str) -> dict[str, str]:
     """By mutant: what its check said, nothing if it passed; under "none" what the checks say of the sources' own."""
     command = [sys.executable, __file__, module]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{tests / 'cuda'}:{tests}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def _copy(folder: Path, mutant: Mutant) -> Path:

@@ -29,7 +29,7 @@ def compile(source: Path, folder: Path, *defines: str, mutate: Callable[[Path], 
         shutil.copytree(KERNELS, kernels)
         mutate(kernels)
     out = folder / f"{source.stem}.so"
-    flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w", "-DSAIL_EMULATE_CUDA"]
+    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w", "-DSAIL_EMULATE_CUDA"]
     # no TLS wrapper: __shared__ is thread_local, and what `extern __shared__` names needs no constructor
     # -fno-gnu-unique: several libraries are in one process, each with an emulation of its own
     flags += ["-fno-extern-tls-init", "-fno-gnu-unique", "-fPIC", "-shared"]

@@ -25,7 +25,7 @@ EMULATION = ROOT / "tests" / "cuda_emulation"
 FOLDER = Path(tempfile.gettempdir()) / f"sail_ops_emulated_{os.getuid()}"
 LAUNCH = re.compile(r"([\w<>:, ]+?)\s*<<<(.+?)>>>\(", re.S)
 # -O1: half of -O2's time to compile, and the tests' cases are small. TLS: see tests/support/emulated.py
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-extern-tls-init", "-w"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-extern-tls-init", "-w"]
 FLAGS += ["-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-DSAIL_EMULATE_CUDA", '-DSAIL_CUDA_ARCHS="80"']
 
 
