@@ -54,7 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     environment = prepare(options.emulated, compiled)
     run_of = {"commit": commit(), "arguments": sys.argv[1:] if arguments is None else arguments}
     report.record(run=run_of | {"date": datetime.now(timezone.utc).isoformat(), "python": sys.version.split()[0]})
-    if contact.alone(partial(contact.probe, options.emulated, report.results), contact.LIMIT, report.log) != "ok":
+    if (
+        contact.alone(
+            partial(contact.probe, options.emulated, report.results), contact.seconds(options.emulated), report.log
+        )
+        != "ok"
+    ):
         report.say(report.output(0, TAIL))
         sys.exit("gpu-check: no card that torch can use answers")
     report.say(report.results.read_text().splitlines()[-1])

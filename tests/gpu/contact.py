@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 LIMIT = 20.0  # seconds of a piece, and of a probe
+PATIENCE = 10  # times as long on the emulator, whose machine may be slow, and busy with other work
 EMULATED_CARD = "8.0 2 166912"  # two multiprocessors: SAIL_EMULATED_CARD of tests/cuda_emulation/host/cuda_runtime.h
 FOR_EACH_ARCH = ("::rows_kernel", "::wgrad_kernel", "::attention_forward_kernel")  # of sm_80 and of sm_90
 
@@ -43,7 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder) / "contact.jsonl"
         wanted = {n: partial(run_piece, n, options.emulated, out) for n in chosen(list(PIECES), options.only)}
-        return run_pieces(wanted, partial(probe, options.emulated), deadline, out)
+        return run_pieces(wanted, partial(probe, options.emulated), deadline, out, seconds(options.emulated))
+
+
+def seconds(emulated: bool) -> float:
+    """What a piece and a probe may take."""
+    return LIMIT * PATIENCE if emulated else LIMIT
 
 
 def chosen(names: list[str], patterns: list[str] | None) -> list[str]:
@@ -68,7 +74,7 @@ def run_pieces(
         status = alone(piece, min(limit, deadline - start)) if start < deadline else "no time left"
         bad += status != "ok"
         write(out, name=name, status=status, seconds=round(time.monotonic() - start, 2))
-        if status in ("FAILED", "timed out") and alone(probe_card, LIMIT) != "ok":
+        if status in ("FAILED", "timed out") and alone(probe_card, limit) != "ok":
             write(out, name=name, status="last: the card does not answer after it")
             break
     print(summary([json.loads(line) for line in out.read_text().splitlines()]), flush=True)

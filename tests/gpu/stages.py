@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from contact import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "expert layer": ["moe", "moe_training", "moe_errors", "grouped_mm", "routing", "activation"],
@@ -46,11 +48,12 @@ def stages(emulated: bool = False, compiled: bool = True) -> dict[str, Stage]:
 def first_stages(emulated: bool) -> dict[str, Stage]:
     """What a card that is there for minutes is for."""
     contact, headlines = [sys.executable, "tests/gpu/contact.py"], python("benchmarks.headlines")
+    patience = 1
     if emulated:
-        contact, headlines = [*contact, "--emulated"], [*headlines, "--tiny"]
+        contact, headlines, patience = [*contact, "--emulated"], [*headlines, "--tiny"], PATIENCE
     return {
-        "contact": Stage(contact, limit=120, measures=True, shown=30),
-        "headlines": Stage(headlines, limit=150, measures=True, shown=30),
+        "contact": Stage(contact, limit=120 * patience, measures=True, shown=30),
+        "headlines": Stage(headlines, limit=150 * patience, measures=True, shown=30),
     }
 
 
