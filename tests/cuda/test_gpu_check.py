@@ -74,6 +74,7 @@ def test_small_steps_and_a_card_without_code(monkeypatch: pytest.MonkeyPatch) ->
 
 
 CODE = """
+import sys; sys.path.insert(0, "support")
 import conftest, torch
 conftest.make_everything_on("cpu")
 from sail_ops import swiglu, testing
