@@ -3,6 +3,7 @@ cpu (default): one run per CPU instruction set of this machine;  emulated: the C
 (emulated_library.py);  cuda: the CUDA library, tensors being made on the device."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -56,6 +57,9 @@ def device() -> Iterator[None]:
             yield
     else:
         yield
+    # the judged operators are one function to torch's compiler, which compiles one for eight kinds of calls at most
+    if DEVICE != "cpu" and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
