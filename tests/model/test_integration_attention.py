@@ -147,11 +147,36 @@ def test_a_chunk_wider_than_the_text_changes_nothing() -> None:
     from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay
 
     chunks = and_masks(chunked_overlay(8, torch.zeros(2, dtype=torch.long)), causal_mask_function)
-    mask = attention.sail_attention_mask
-    assert mask(2, 8, 8, mask_function=chunks, local_size=8) is None
-    assert mask(2, 9, 9, mask_function=chunks, local_size=8).shape == (2, 0)
     packed = and_masks(causal_mask_function, lambda b, h, q, k: q // 4 == k // 4)
-    assert mask(2, 8, 8, mask_function=packed, local_size=8).shape == (2, 0)
+    mask = attention.sail_attention_mask
+    kinds = [mask(2, n, n, mask_function=f, local_size=8).shape[2] for f, n in ((chunks, 8), (chunks, 9), (packed, 8))]
+    assert kinds == [attention._CAUSAL, attention._OTHER, attention._OTHER]
+
+
+@pytest.mark.parametrize("batch, heads, keys", [(1, 1, 1), (1, 4, 5), (2, 2, 5), (4, 4, 4)])
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_model_that_adds_the_mask_to_its_scores_fails(batch: int, heads: int, keys: int, padding: bool) -> None:
+    """Booleans of sizes that broadcast would be added in silence: in attention that is the model's own."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    real = torch.arange(keys).expand(batch, -1) >= int(padding)
+    values = torch.ones(batch, heads, keys, 8)
+    for function in (causal_mask_function, bidirectional_mask_function, lambda b, h, q, k: q == k):
+        mask = attention.sail_attention_mask(batch, keys, keys, mask_function=function, attention_mask=real)
+        with pytest.raises(RuntimeError):
+            (torch.zeros(batch, heads, keys, keys) + mask).softmax(-1) @ values
+
+
+def test_without_a_mask_the_module_or_the_call_says_whether_it_is_causal() -> None:
+    """As where a model builds no mask at all, a vision tower's for one."""
+    x, module = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)), torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"got neither a mask nor is_causal \(in Identity\)"):
+        attention.sail_attention_forward(module, x, x, x, None)
+    for causal in (False, True):
+        want = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=causal).transpose(1, 2)
+        torch.testing.assert_close(attention.sail_attention_forward(module, x, x, x, None, is_causal=causal)[0], want)
+        module.is_causal = causal
+        torch.testing.assert_close(attention.sail_attention_forward(module, x, x, x, None)[0], want)
 
 
 def test_a_mask_that_is_not_ours_is_refused() -> None:

@@ -1,7 +1,7 @@
 """`attn_implementation="sail"`: `attention` and `attention_varlen` for transformers 5.x models.
 
 The attention interface hands a function q [B, H, S, A], k and v [B, G, L, A] and the mask that `sail_attention_mask`
-made for the whole model: none, or padding. A pack's lengths come as cu_seq_lens_q and its kin, as for flash attention.
+made for the whole model: causal or not, and padding. A pack's lengths come as cu_seq_lens_q, as for flash attention.
 What a model asks for beyond that (other masks, windows narrower than the text, soft caps, sinks, dropout) raises a
 ValueError; so does torch.compile without a pack's lengths, as transformers then cannot tell a pack from a sequence.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sail_ops import attention, attention_varlen
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # keyword arguments of transformers' attention functions
+_OTHER, _CAUSAL, _BIDIRECTIONAL = range(3)  # what a mask of ours is, its third size
 
 
 def sail_attention_mask(
@@ -29,12 +30,14 @@ def sail_attention_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> Tensor | None:
-    """What the attention function needs to know of a mask, by its shape.
+) -> Tensor:
+    """[B, 1, kind, L + 1] bool: what the attention function needs to know of a mask, by its shape.
 
-    None: every token is real, and the module says whether it is causal. [B, L, 1] bool: causal, with padding; the
-    queries are the last of the L tokens. [B, 1, L] bool: not causal, the keys that every query sees, be they its own
-    tokens or another sequence's. [B, 0]: another mask; a pack's lengths must come as arguments then.
+    kind: 1 for causal, the queries being the last of the L tokens; 2 for not causal; 0 for any other, of which only a
+    pack's lengths can tell more. B is 0 where every token is real, else a row holds the keys that are.
+    Four sizes, so that transformers takes it for finished; one key too many, so that a model which adds it to its
+    scores by itself fails instead of broadcasting. None would leave it to the module, whose is_causal may be missing
+    (Align) or wrong (BigBird-Pegasus).
     """
     from transformers import masking_utils
 
@@ -46,17 +49,19 @@ def sail_attention_mask(
         causal = causal or _is_causal(mask_function, q_S, k_L, batch_size)
     if not causal and mask_function not in (None, masking_utils.bidirectional_mask_function):
         # transformers saw positions that start anew, or the model wants another mask: only the pack's lengths can tell
-        return torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+        return torch.empty(0, 1, _OTHER, kv_length + 1, dtype=torch.bool, device=device)
     if causal and int(q_offset) + q_length != int(kv_offset) + kv_length:
         _refuse(f"a cache of {kv_length} tokens of which {int(q_offset) + q_length} are filled (use a dynamic cache)")
+    kind = _CAUSAL if causal else _BIDIRECTIONAL
+    no_padding = torch.empty(0, 1, kind, kv_length + 1, dtype=torch.bool, device=device)
     if attention_mask is None:
-        return None
+        return no_padding
     if attention_mask.shape[-1] < kv_length:
         _refuse(f"a mask of {attention_mask.shape[-1]} tokens for {kv_length} keys")
     mask_BL = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if mask_BL.all():
-        return None
-    return mask_BL[..., None] if causal else mask_BL[:, None]
+        return no_padding
+    return nn.functional.pad(mask_BL, (0, 1))[:, None, None].expand(-1, 1, kind, -1)
 
 
 def _is_causal(mask_function: Callable[..., Any], q_S: Tensor, k_L: Tensor, batch: int) -> bool:
@@ -93,23 +98,36 @@ def sail_attention_forward(
         _refuse(f"attention dropout of {dropout} (in {type(module).__name__})")
     if sliding_window is not None and sliding_window < key.shape[2]:
         _refuse(f"a sliding window of {sliding_window} over {key.shape[2]} keys (in {type(module).__name__})")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if value.shape[-1] != key.shape[-1]:
+        _refuse(f"values of {value.shape[-1]} numbers for keys of {key.shape[-1]} (in {type(module).__name__})")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if q.shape[0] != 1:
             _refuse(f"cu_seq_lens_q with a batch of {q.shape[0]}, want one packed stream")
         longest_q, longest_k = _longest(cu_seq_lens_q, max_length_q), _longest(cu_seq_lens_k, max_length_k)
         lengths = cu_seq_lens_q.int(), cu_seq_lens_k.int(), longest_q, longest_k
+        causal = _is_causal_without_mask(module, is_causal)
         out = attention_varlen(q[0], k[0], v[0], *lengths, causal=causal, softmax_scale=scaling)
         return out[None], None
     if attention_mask is None:
-        return attention(q, k, v, causal=causal, softmax_scale=scaling), None
-    if attention_mask.dim() == 3 and attention_mask.shape[1] == 1:
-        return _some_keys(q, k, v, attention_mask[:, 0], scaling), None
-    if attention_mask.dim() == 3 and attention_mask.shape[2] == 1:
-        return _causal_padded(q, k, v, attention_mask[..., 0], scaling), None
-    shape, where = list(attention_mask.shape), type(module).__name__
-    _refuse(f"a mask {shape} that is neither causal nor padding (in {where}); for a pack pass cu_seq_lens_q")
+        return attention(q, k, v, causal=_is_causal_without_mask(module, is_causal), softmax_scale=scaling), None
+    is_ours = attention_mask.dim() == 4 and attention_mask.shape[3] == k.shape[1] + 1
+    kind = attention_mask.shape[2] if is_ours else _OTHER
+    if kind not in (_CAUSAL, _BIDIRECTIONAL):
+        shape, where = list(attention_mask.shape), type(module).__name__
+        _refuse(f"a mask {shape} that is neither causal nor padding (in {where}); for a pack pass cu_seq_lens_q")
+    if not len(attention_mask):
+        return attention(q, k, v, causal=kind == _CAUSAL, softmax_scale=scaling), None
+    padded = _causal_padded if kind == _CAUSAL else _some_keys
+    return padded(q, k, v, attention_mask[:, 0, 0, :-1], scaling), None
+
+
+def _is_causal_without_mask(module: nn.Module, is_causal: bool | None) -> bool:
+    """Where the model hands no mask, the call or the module says it, as in transformers' flash attention."""
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        _refuse(f"neither a mask nor is_causal (in {type(module).__name__})")
+    return bool(causal)
 
 
 def _some_keys(q: Tensor, k: Tensor, v: Tensor, keys_BL: Tensor, scale: float | None) -> Tensor:
