@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sail_ops
 from sail_ops.integrations.transformers import attention, register
 from sail_ops.testing import CHANCE, assert_accurate
 
@@ -148,10 +149,25 @@ def test_a_chunk_wider_than_the_text_changes_nothing() -> None:
 
     chunks = and_masks(chunked_overlay(8, torch.zeros(2, dtype=torch.long)), causal_mask_function)
     mask = attention.sail_attention_mask
-    assert mask(2, 8, 8, mask_function=chunks, local_size=8) is None
+    assert mask(2, 8, 8, mask_function=chunks, local_size=8).shape == (2, 0, 1)
     assert mask(2, 9, 9, mask_function=chunks, local_size=8).shape == (2, 0)
     packed = and_masks(causal_mask_function, lambda b, h, q, k: q // 4 == k // 4)
     assert mask(2, 8, 8, mask_function=packed, local_size=8).shape == (2, 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_mask_says_whether_it_is_causal_without_padding_too(causal: bool) -> None:
+    """Whatever the module says, or does not: the text encoder of Align says nothing, and is not causal."""
+    from transformers import masking_utils
+
+    function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
+    module, x = torch.nn.Identity(), torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    for given in (None, torch.ones(2, 5, dtype=torch.long)):
+        mask = attention.sail_attention_mask(2, 5, 5, mask_function=function, attention_mask=given)
+        for module.is_causal in (True, False):
+            out, _ = attention.sail_attention_forward(module, x, x, x, mask)
+            heads = x.transpose(1, 2)
+            assert torch.equal(out, sail_ops.attention(heads, heads, heads, causal=causal))
 
 
 def test_a_mask_that_is_not_ours_is_refused() -> None:

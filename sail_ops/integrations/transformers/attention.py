@@ -30,11 +30,11 @@ def sail_attention_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """What the attention function needs to know of a mask, by its shape.
+    """What the attention function needs to know of a mask, by its shape; where there is none, it asks the module.
 
-    None: every token is real, and the module says whether it is causal. [B, L, 1] bool: causal, with padding; the
-    queries are the last of the L tokens. [B, 1, L] bool: not causal, the keys that every query sees, be they its own
-    tokens or another sequence's. [B, 0]: another mask; a pack's lengths must come as arguments then.
+    [B, L, 1] bool: causal, with padding; the queries are the last of the L tokens. [B, 1, L] bool: not causal, the keys
+    that every query sees, be they its own tokens or another sequence's. L = 0: no padding. [B, 0]: another mask; a
+    pack's lengths must come as arguments then.
     """
     from transformers import masking_utils
 
@@ -49,13 +49,14 @@ def sail_attention_mask(
         return torch.empty(batch_size, 0, dtype=torch.bool, device=device)
     if causal and int(q_offset) + q_length != int(kv_offset) + kv_length:
         _refuse(f"a cache of {kv_length} tokens of which {int(q_offset) + q_length} are filled (use a dynamic cache)")
+    whole = torch.empty(batch_size, *((0, 1) if causal else (1, 0)), dtype=torch.bool, device=device)
     if attention_mask is None:
-        return None
+        return whole
     if attention_mask.shape[-1] < kv_length:
         _refuse(f"a mask of {attention_mask.shape[-1]} tokens for {kv_length} keys")
     mask_BL = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if mask_BL.all():
-        return None
+        return whole
     return mask_BL[..., None] if causal else mask_BL[:, None]
 
 
@@ -104,6 +105,8 @@ def sail_attention_forward(
         return out[None], None
     if attention_mask is None:
         return attention(q, k, v, causal=causal, softmax_scale=scaling), None
+    if attention_mask.dim() == 3 and not attention_mask.numel():  # without padding; an empty batch too
+        return attention(q, k, v, causal=attention_mask.shape[2] == 1, softmax_scale=scaling), None
     if attention_mask.dim() == 3 and attention_mask.shape[1] == 1:
         return _some_keys(q, k, v, attention_mask[:, 0], scaling), None
     if attention_mask.dim() == 3 and attention_mask.shape[2] == 1:
