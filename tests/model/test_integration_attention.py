@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sail_ops
 from sail_ops.integrations.transformers import attention, register
 from sail_ops.testing import CHANCE, assert_accurate
 
@@ -172,11 +173,27 @@ def test_without_a_mask_the_module_or_the_call_says_whether_it_is_causal() -> No
     x, module = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)), torch.nn.Identity()
     with pytest.raises(ValueError, match=r"got neither a mask nor is_causal \(in Identity\)"):
         attention.sail_attention_forward(module, x, x, x, None)
+    heads = x.transpose(1, 2)
     for causal in (False, True):
-        want = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=causal).transpose(1, 2)
-        torch.testing.assert_close(attention.sail_attention_forward(module, x, x, x, None, is_causal=causal)[0], want)
+        want = sail_ops.attention(heads, heads, heads, causal=causal)
+        assert torch.equal(attention.sail_attention_forward(module, x, x, x, None, is_causal=causal)[0], want)
         module.is_causal = causal
-        torch.testing.assert_close(attention.sail_attention_forward(module, x, x, x, None)[0], want)
+        assert torch.equal(attention.sail_attention_forward(module, x, x, x, None)[0], want)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_mask_says_whether_it_is_causal_without_padding_too(causal: bool) -> None:
+    """Whatever the module says, or does not: the text encoder of Align says nothing, and is not causal."""
+    from transformers import masking_utils
+
+    function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
+    module, x = torch.nn.Identity(), torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    for given in (None, torch.ones(2, 5, dtype=torch.long)):
+        mask = attention.sail_attention_mask(2, 5, 5, mask_function=function, attention_mask=given)
+        for module.is_causal in (True, False):
+            out, _ = attention.sail_attention_forward(module, x, x, x, mask)
+            heads = x.transpose(1, 2)
+            assert torch.equal(out, sail_ops.attention(heads, heads, heads, causal=causal))
 
 
 def test_a_mask_that_is_not_ours_is_refused() -> None:
