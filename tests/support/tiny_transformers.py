@@ -113,11 +113,6 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     config = model.config
     vision = getattr(config, "vision_config", None) or config
     audio = getattr(config, "audio_config", None) or config
-    patches = {
-        n: getattr(vision, n, d) for n, d in {"in_channels": 3, "temporal_patch_size": 2, "patch_size": 8}.items()
-    }
-    patch = patches["in_channels"] * patches["temporal_patch_size"] * patches["patch_size"] ** 2
-    grid = torch.tensor([[1, 4, 4]])
     size, mels = getattr(vision, "image_size", 32), getattr(audio, "num_mel_bins", 80)
     side = (size, size) if isinstance(size, int) else tuple(size)
     ids = torch.randint(3, VOCAB, (2, TEXT), generator=g)
@@ -136,8 +131,10 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     parameters = inspect.signature(model.forward).parameters
     required = {n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if "grid_thw" in required:
-        known |= {"hidden_states": torch.randn(16, patch, generator=g), "grid_thw": grid}
-        known["pixel_values"] = known["hidden_states"]
+        channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
+        numbers = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+        patches = torch.randn(16, numbers, generator=g)
+        known |= {"hidden_states": patches, "pixel_values": patches, "grid_thw": torch.tensor([[1, 4, 4]])}
     crossed = getattr(config, "add_cross_attention", False) or "Decoder" in type(model).__name__
     if crossed and "encoder_hidden_states" in parameters:
         required.add("encoder_hidden_states")
