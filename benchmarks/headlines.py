@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUND_SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 0.5, 20, 5  # of a peer's turns with ours
+SHOWN = ("ms", "speedup", "not_measured", "failed", "kernels_failed")  # of a line, on the terminal
 LEAST = 2.0  # seconds that a measurement is started for
 
 
@@ -92,16 +93,16 @@ class Run:
         if self.file is not None:
             self.file.write(json.dumps({"name": "headline", **line}) + "\n")
             self.file.flush()
-        shown = {key: value for key, value in line.items() if key in ("ms", "speedup", "not_measured", "failed")}
+        shown = {key: line[key] for key in SHOWN if key in line}
         print(f"{line['case']:24} {line['implementation']:14} {json.dumps(shown)}", flush=True)
 
     def measured(self, headline: Headline, name: str, steps: Any, samples: dict[str, list[float]]) -> None:
         """An implementation's line: medians of all turns, its time over ours, clock and power, and what ran."""
         from benchmarks import events, kernels
 
-        facts = events.state() | {"kernels": kernels.names(steps, name)}
-        if name.startswith("sail"):
-            facts |= {"row": headline.row | {"launches": {name: kernels.launches(steps, name)}}}
+        facts = events.state() | kernels.facts(steps, [name])
+        if launches := facts.pop("launches"):
+            facts["row"] = headline.row | {"launches": launches}
         ms = {who: 1e3 * median(times) for who, times in samples.items()}
         facts |= {} if name == "sail" else {"speedup": {name: ms[name] / ms["sail"]}}
         self.write(case=headline.case, implementation=name, ms=ms, samples=samples, **facts)

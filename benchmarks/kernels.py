@@ -1,7 +1,8 @@
 """The kernels that a step launches on a card, as torch's profiler sees them: symbols, and when each of ours ran."""
 
+from collections.abc import Iterable
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +20,20 @@ class Launch(NamedTuple):
     symbol: str
     start: float
     end: float
+
+
+def facts(steps: Steps, implementations: Iterable[str]) -> dict[str, Any]:
+    """For a row, by name: the kernels of each, and every launch of ours. What the profiler cannot do is said in the
+    row and costs it no time that was measured."""
+    found: dict[str, Any] = {"kernels": {}, "launches": {}}
+    for name in implementations:
+        try:
+            found["kernels"][name] = names(steps, name)
+            if name.startswith("sail"):
+                found["launches"][name] = launches(steps, name)
+        except Exception as error:
+            found.setdefault("kernels_failed", {})[name] = f"{type(error).__name__}: {error}"[:300]
+    return found
 
 
 def names(steps: Steps, name: str) -> list[str]:

@@ -22,23 +22,21 @@ def measure(
     """
     clock = events.Events()
     alone = rounds(clock, steps, ["sail"], budget / 4)
-    found = row | {"launches": {"sail": kernels.launches(steps, "sail")}} | events.state()
-    record(benchmark, alone, **found)
+    record(benchmark, alone, **row, **events.state())
     journal.write(benchmark.name, benchmark.extra_info, "ours alone")
 
     runs, not_measured = usable(steps, peers)
     samples = rounds(clock, steps, ["sail", *(name for name in runs if name not in ONCE)], budget)
     state = events.state()
     samples |= {name: [clock.step(steps, name)] for name in runs if name in ONCE}
-    found["launches"] |= {name: kernels.launches(steps, name) for name in runs if name.startswith("sail")}
-    found["kernels"] = {name: kernels.names(steps, name) for name in samples}
+    found = row | state | kernels.facts(steps, samples) | {"not_measured": not_measured}
 
     def run() -> None:
         steps.run("sail")
         torch.cuda.synchronize()
 
     benchmark.pedantic(run, setup=lambda: steps.prepare("sail"), rounds=MIN_ROUNDS)
-    return samples, found | state | {"not_measured": not_measured}
+    return samples, found
 
 
 def rounds(

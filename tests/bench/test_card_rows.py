@@ -154,6 +154,10 @@ def test_launches_are_medians_of_sessions_that_agree(monkeypatch: pytest.MonkeyP
     assert kernels.launches(Steps(), "sail") == [("a", 0, 1), ("b", 1, 7), ("a", 7, 8)]
     with pytest.raises(RuntimeError, match="launches of 'sail' differ from one step to the next"):
         kernels.launches(Steps(), "sail")
+    sessions = iter([[("a", 0, 1)]] * 2 + [[]] * 2 + [[("b", 0, 1)]])
+    found = kernels.facts(Steps(), ["sail", "peer"])
+    assert found["kernels"] == {"sail": ["a"], "peer": ["b"]} and found["launches"] == {}
+    assert found["kernels_failed"].keys() == {"sail"}, "the row keeps its times"
     monkeypatch.setattr(kernels, "session", lambda *_: [kernels.Launch(n, 0, 1) for n in "aba"])
     assert kernels.names(Steps(), "sail") == ["a", "b"]
 
