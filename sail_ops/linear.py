@@ -31,10 +31,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)  # which sees to autocast by itself, and keeps the weights that it has cast
     if autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _own_linear(x, weight, bias)
+    return own_linear(x, weight, bias)
 
 
-def _own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """On our kernels, whatever the dtype and the instruction set."""
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sail_ops
 from sail_ops import _library, reference, testing
-from sail_ops.linear import _own_linear
+from sail_ops.linear import own_linear
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -42,18 +42,18 @@ def inputs(
 @DTYPES
 def test_accuracy(isa: str, dtype: torch.dtype, rows: tuple[int, ...], N: int, K: int, bias: bool) -> None:
     # a sum's rounding differs with its order: of the few elements of a small shape one may be over by chance
-    testing.check_op(_own_linear, reference.linear, *inputs(rows, N, K, dtype, bias), k=testing.CHANCE)
+    testing.check_op(own_linear, reference.linear, *inputs(rows, N, K, dtype, bias), k=testing.CHANCE)
 
 
 @DTYPES
 def test_accuracy_of_a_model_s_shape(isa: str, dtype: torch.dtype) -> None:
-    testing.check_op(_own_linear, reference.linear, *inputs((256,), 384, 512, dtype))
+    testing.check_op(own_linear, reference.linear, *inputs((256,), 384, 512, dtype))
 
 
 @settings(max_examples=30, deadline=None)
 @given(M=st.integers(0, 150), N=st.integers(0, 90), K=st.integers(0, 140))
 def test_any_shape(M: int, N: int, K: int) -> None:
-    testing.check_op(_own_linear, reference.linear, *inputs((M,), N, K, torch.bfloat16), k=testing.CHANCE)
+    testing.check_op(own_linear, reference.linear, *inputs((M,), N, K, torch.bfloat16), k=testing.CHANCE)
 
 
 @DTYPES
@@ -67,16 +67,16 @@ def test_views_are_read_in_place_and_others_copied(isa: str, dtype: torch.dtype)
         (wide.reshape(4, 10, 144)[:, 1:7, 40:88], weights),
     ):
         got, want = ([t.detach().requires_grad_() for t in pair] for pair in ((x, weight), (x.clone(), weight.clone())))
-        testing.assert_same(testing.run(_own_linear, *got, None), testing.run(_own_linear, *want, None))
-        assert _own_linear(*got, None).is_contiguous()
+        testing.assert_same(testing.run(own_linear, *got, None), testing.run(own_linear, *want, None))
+        assert own_linear(*got, None).is_contiguous()
 
 
 @HALF
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_gradients_alone(dtype: torch.dtype, wanted: tuple[int, ...]) -> None:
-    every = testing.run(_own_linear, *inputs((37,), 70, 50, dtype))
+    every = testing.run(own_linear, *inputs((37,), 70, 50, dtype))
     args = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs((37,), 70, 50, dtype)) if t is not None]
-    for name, gradient in testing.run(_own_linear, *args).gradients.items():
+    for name, gradient in testing.run(own_linear, *args).gradients.items():
         assert gradient is not None and torch.equal(gradient, every.gradients[name])
 
 
@@ -85,7 +85,7 @@ def test_the_rule(isa: str, dtype: torch.dtype) -> None:
     ours = dtype == torch.float16 or isa != "avx512_bf16"
     assert _library.torch_multiplies(dtype) != ours and _library.torch_multiplies(torch.float32)
     args = inputs((9,), 40, 24, dtype)
-    want = testing.run(_own_linear if ours else F.linear, *args)
+    want = testing.run(own_linear if ours else F.linear, *args)
     testing.assert_same(testing.run(sail_ops.linear, *args), want)
     assert (sail_ops.linear(*args).grad_fn.name() != F.linear(*args).grad_fn.name()) == ours
 
@@ -99,14 +99,14 @@ def test_other_dtypes_are_torch_s() -> None:
 @DTYPES
 def test_same_bits_every_time_and_for_any_number_of_threads(isa: str, dtype: torch.dtype) -> None:
     args = inputs((140,), 700, 90, dtype)
-    testing.check_repeatable(_own_linear, *args, times=5)
+    testing.check_repeatable(own_linear, *args, times=5)
     # the sum of a bias's gradient is torch's
-    first = testing.run(_own_linear, *args[:2], None)
+    first = testing.run(own_linear, *args[:2], None)
     before = torch.get_num_threads()
     try:
         for n in (1, 3, 8):
             torch.set_num_threads(n)
-            testing.assert_same(testing.run(_own_linear, *args[:2], None), first)
+            testing.assert_same(testing.run(own_linear, *args[:2], None), first)
     finally:
         torch.set_num_threads(before)
 
@@ -115,14 +115,14 @@ def test_same_bits_every_time_and_for_any_number_of_threads(isa: str, dtype: tor
 def test_non_finite_values_as_in_torch(isa: str, dtype: torch.dtype) -> None:
     x, weight, _ = (None if t is None else t.detach() for t in inputs((6,), 40, 33, dtype))
     x[1, 3], x[2, 5], weight[7, 8] = float("nan"), float("inf"), float("-inf")
-    got, want = _own_linear(x, weight, None), F.linear(x.float(), weight.float())
+    got, want = own_linear(x, weight, None), F.linear(x.float(), weight.float())
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
 
 
 @HALF
 def test_tracing(dtype: torch.dtype) -> None:
     testing.check_traceable(sail_ops.linear, *inputs((2, 5), 40, 24, dtype))
-    testing.check_traceable(_own_linear, *inputs((2, 5), 40, 24, dtype))
+    testing.check_traceable(own_linear, *inputs((2, 5), 40, 24, dtype))
 
 
 def test_opcheck() -> None:
@@ -146,8 +146,8 @@ def test_autocast() -> None:
 def test_forward_mode_and_second_derivatives_raise(dtype: torch.dtype) -> None:
     x, weight, _ = inputs((5,), 8, 16, dtype)
     with pytest.raises(NotImplementedError, match="sail_ops.linear: got an input with a tangent"):
-        torch.func.jvp(lambda x: _own_linear(x, weight, None), (x.detach(),), (torch.ones_like(x),))
-    (dx,) = torch.autograd.grad(_own_linear(x, weight, None).square().sum(), x, create_graph=True)
+        torch.func.jvp(lambda x: own_linear(x, weight, None), (x.detach(),), (torch.ones_like(x),))
+    (dx,) = torch.autograd.grad(own_linear(x, weight, None).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
