@@ -87,6 +87,8 @@ def test_the_rule(isa: str, dtype: torch.dtype) -> None:
     args = inputs((9,), 40, 24, dtype)
     want = testing.run(own_linear if ours else F.linear, *args)
     testing.assert_same(testing.run(sail_ops.linear, *args), want)
+    assert sail_ops.supports("linear", "cpu", dtype).backend == ("cpu" if ours else "torch")
+    assert sail_ops.supports("linear", "cuda", dtype).backend == "torch"
     assert (sail_ops.linear(*args).grad_fn.name() != F.linear(*args).grad_fn.name()) == ours
 
 
