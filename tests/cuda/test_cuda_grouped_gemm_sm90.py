@@ -208,7 +208,7 @@ MUTANTS = {
     "later_rounds": Mutant(KERNEL, "round < 8 ? rows[0] : rows[1]", "rows[0]", store_rows, "gathered"),
     "next_experts_rows": Mutant(KERNEL, "!from.index && r + kTileK <= row_end", "!from.index", wgrad, "tails"),
     "rows_past_the_end": Mutant(KERNEL, "(from.row(at)) : -1", "(from.row(at)) : 0", wgrad, "tails"),
-    "gates_twice": Mutant(KERNEL, "kGated * i", "0", gated_forward, "one_tile"),
+    "gates_twice": Mutant(KERNEL, "kGated * box", "0", gated_forward, "one_tile"),
     "depth_of_rows": Mutant(
         OPERAND, "elements <= 0 ? 0 : elements < 8 ?", "elements < 8 && elements > 0 ?", store_rows, "gathered"
     ),
