@@ -13,7 +13,7 @@ from conftest import DEVICE
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
 
-from benchmarks import events, headlines
+from benchmarks import events, headlines, kernels
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the benchmarks' own arithmetic")
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,14 @@ def test_every_line_runs_on_the_cuda_sources(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = lines(tmp_path / "out.jsonl")
     cases = list(dict.fromkeys(line["case"] for line in found))
-    assert [case.split()[0] for case in cases] == ["experts", "experts", "attention", "attention", "decoder"]
+    assert [case.split()[0] for case in cases] == [
+        "experts",
+        "experts",
+        "attention",
+        "attention",
+        "decoder",
+        *["grouped_mm"] * 3,
+    ]
     for case in cases:
         first, *peers = (line for line in found if line["case"] == case)
         assert first["implementation"] == "sail" and first["ms"]["sail"] > 0
@@ -48,6 +55,9 @@ def test_every_line_runs_on_the_cuda_sources(tmp_path: Path) -> None:
             assert "ms" in line or line["not_measured"]
     assert "against" in done.stdout.splitlines()[-3] or "3x?" in done.stdout
     assert any(line["implementation"] == "stock_eager" and line.get("ms") for line in found)
+
+
+ROW = {"family": "moe", "case": {"size": "full", "routing": "uniform", "T": 8192, "mode": "train"}}
 
 
 class Steps:
@@ -67,9 +77,9 @@ def test_a_failing_peer_is_a_line_and_a_failure_of_ours_ends_its_case_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = [
-        headlines.Headline("experts one train", lambda: Steps("peer"), ["peer", "another"]),
-        headlines.Headline("experts two train", lambda: Steps("sail"), ["peer"]),
-        headlines.Headline("experts three train", lambda: Steps(), ["peer"]),
+        headlines.Headline("experts one train", lambda: Steps("peer"), ["peer", "another"], ROW),
+        headlines.Headline("experts two train", lambda: Steps("sail"), ["peer"], ROW),
+        headlines.Headline("experts three train", lambda: Steps(), ["peer"], ROW),
     ]
     monkeypatch.setattr(headlines, "headlines", lambda tiny: iter(made))
     monkeypatch.setattr(headlines, "without_card", headlines.nullcontext)
@@ -89,12 +99,26 @@ def test_a_failing_peer_is_a_line_and_a_failure_of_ours_ends_its_case_alone(
 
 
 def test_what_finds_no_time_is_named_and_patterns_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [headlines.Headline(f"case {n}", lambda: Steps(), ["peer"]) for n in (1, 2)]
+    made = [headlines.Headline(f"case {n}", lambda: Steps(), ["peer"], ROW) for n in (1, 2)]
     monkeypatch.setattr(headlines, "headlines", lambda tiny: iter(made))
     monkeypatch.setattr(headlines, "without_card", headlines.nullcontext)
     out = tmp_path / "out.jsonl"
     assert headlines.main(["--tiny", "--budget", "0", "--only", "case 2", "--out", str(out)]) == 0
     assert [(line["case"], line["not_measured"]) for line in lines(out)] == [("case 2", "no time left")] * 2
+
+
+def test_our_kernels_times_are_said_beside_their_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ours and of its clusters, each from its own line; what was not measured has no line here."""
+    up = "sail::cuda::sm90::rows_kernel<__nv_bfloat16, sail::cuda::GatedForwardEpilogue<true> >"
+    monkeypatch.setattr(kernels, "launches", lambda steps, name: [kernels.Launch(up, 0.0, 0.875)])
+    run = headlines.Run(None, 1.0)
+    headline = headlines.Headline("experts T8192 train", lambda: None, [], ROW)
+    for name in ("sail", "sail_cluster", "grouped_mm"):
+        run.measured(headline, name, None, {"sail": [1.0], name: [2.0]})
+    assert [line.get("row", {}).get("launches", {}).keys() for line in run.lines] == [{"sail"}, {"sail_cluster"}, set()]
+    said = headlines.kernel_times(run.lines, "NVIDIA H100 80GB HBM3").splitlines()
+    assert len(said) == 3 and "moe train T 8192: up" in said[2] and "| 0.875 " in said[2] and "| 0.76 " in said[2]
+    assert headlines.kernel_times(run.lines, "NVIDIA H200") == ""
 
 
 def test_the_verdict_is_by_baseline() -> None:
