@@ -37,7 +37,16 @@ struct Head {
 Head check_head(const Check& c, const Tensor& hidden, const Tensor& lm_head, const Tensor& labels, int64_t ignore_index,
                 double z_loss) {
   const LossSizes s = check_loss(c, hidden, lm_head, labels, z_loss);
-  Head h{hidden, lm_head, {}, {}, s.dtype, s.T, s.D, s.V, s.D * element_size(s.dtype), z_loss};
+  Head h{.hidden = hidden,
+         .lm_head = lm_head,
+         .tokens = {},
+         .labels = {},
+         .dtype = s.dtype,
+         .T = s.T,
+         .D = s.D,
+         .V = s.V,
+         .row_bytes = s.D * element_size(s.dtype),
+         .z_loss = z_loss};
   const bool wide = c.is_int64("labels", labels);
   for (int64_t t = 0; t < h.T; t++) {
     const int64_t at = t * labels.stride(0);

@@ -66,8 +66,16 @@ void product_nt(DType dtype, Matrix a, Matrix b, const void* bias, int64_t M, in
     point(dtype, a, t.m0, t.m1, 0, rows);
     float* c = reinterpret_cast<float*>(scratch);
     const int64_t n = t.n1 - t.n0;
-    gemm_kernels().dot_gemm[static_cast<int>(dtype)](
-        {rows, at(dtype, b, t.n0, 0), b.stride, t.m1 - t.m0, n, K, c, n, false, nullptr});
+    gemm_kernels().dot_gemm[static_cast<int>(dtype)]({.a_rows = rows,
+                                                      .b = at(dtype, b, t.n0, 0),
+                                                      .ldb = b.stride,
+                                                      .M = t.m1 - t.m0,
+                                                      .N = n,
+                                                      .K = K,
+                                                      .c = c,
+                                                      .ldc = n,
+                                                      .accumulate = false,
+                                                      .scratch = nullptr});
     store(dtype, c, bias, t, out, N);
   });
 }
@@ -81,8 +89,16 @@ void product_nn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K
     point(dtype, a, t.m0, t.m1, 0, rows);
     float* c = reinterpret_cast<float*>(scratch);
     const int64_t n = t.n1 - t.n0;
-    gemm_kernels().outer_gemm[static_cast<int>(dtype)](
-        {rows, at(dtype, b, 0, t.n0), b.stride, t.m1 - t.m0, n, K, c, n, false, scratch + sums_bytes});
+    gemm_kernels().outer_gemm[static_cast<int>(dtype)]({.a_rows = rows,
+                                                        .b = at(dtype, b, 0, t.n0),
+                                                        .ldb = b.stride,
+                                                        .M = t.m1 - t.m0,
+                                                        .N = n,
+                                                        .K = K,
+                                                        .c = c,
+                                                        .ldc = n,
+                                                        .accumulate = false,
+                                                        .scratch = scratch + sums_bytes});
     if (!accumulate) return store(dtype, c, nullptr, t, out, N);
     for (int64_t m = t.m0; m < t.m1; m++)  // what is there is this row's bias
       store(dtype, c + (m - t.m0) * n, at(dtype, out, m * N), {m, m + 1, t.n0, t.n1}, out, N);
@@ -105,8 +121,17 @@ void product_tn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K
               for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
                 const int64_t k1 = std::min(k0 + kDepth, K);
                 point(dtype, a, k0, k1, 0, a_rows), point(dtype, b, k0, k1, t.n0, b_rows);
-                gemm({a_rows, b_rows, k1 - k0, t.m0, t.m1 - t.m0, n, sums, n,
-                      k0 ? Output::accumulate : Output::overwrite, scratch + table_bytes + sums_bytes, packed_bytes});
+                gemm({.a_rows = a_rows,
+                      .b_rows = b_rows,
+                      .R = k1 - k0,
+                      .m0 = t.m0,
+                      .M = t.m1 - t.m0,
+                      .N = n,
+                      .out = sums,
+                      .ldo = n,
+                      .mode = k0 ? Output::accumulate : Output::overwrite,
+                      .scratch = scratch + table_bytes + sums_bytes,
+                      .scratch_bytes = packed_bytes});
               }
               store(dtype, sums, nullptr, t, out, N);
             });

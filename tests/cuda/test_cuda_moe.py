@@ -139,12 +139,19 @@ def test_smaller_cards_give_the_same_bits(card: str) -> None:
     assert want.endswith("True") and probe(code, SAIL_EMULATED_CARD=card) == want
 
 
+def test_a_refused_launch_names_the_operator() -> None:
+    """A card of compute capability 8 whose blocks have too little shared memory for a product."""
+    assert probe(LAYER, SAIL_EMULATED_CARD="8.0 3 50000") == "RuntimeError sail_ops.fused_experts: CUDA: invalid value"
+
+
 def test_values_are_checked_on_demand() -> None:
     fall = "sail_ops.grouped_experts(x, gate_up, down, torch.tensor([3, 2, 6, 7, 8]).int())"
     assert probe(fall, SAIL_OPS_CHECK="1").startswith(
         "ValueError sail_ops.grouped_experts: offsets: got 2 at 1 after 3, expected ends that never fall"
     )
     assert probe(fall) == ""
+    one_end = "sail_ops.grouped_experts(x, gate_up, down, torch.tensor([3]).int().expand(5))"
+    assert probe(one_end, SAIL_OPS_CHECK="1") == ""
     replay = "sail_ops.route_topk(torch.zeros(2, 4), 1, renormalize=True, ids_TK=torch.tensor([[0], [4]]).int())"
     assert (
         probe(replay, SAIL_OPS_CHECK="1") == "ValueError sail_ops.route_topk: ids_TK: got id 4, expected ids in [0, 4)"
