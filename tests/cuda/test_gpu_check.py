@@ -17,9 +17,10 @@ from test_cuda_device import CASE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sail_ops
+from sail_ops._backends import LINEAR, operators
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it emulates a card whatever runs the operators")
-ON_CPUS_ONLY = {"linear", "linear_backward"}  # elsewhere torch's
+ON_CPUS_ONLY = set(LINEAR)  # elsewhere torch's
 
 
 def test_the_step_of_graphs_and_streams() -> None:
@@ -31,8 +32,6 @@ def test_the_step_of_graphs_and_streams() -> None:
 
 def test_the_steps_name_every_operator() -> None:
     """A new operator is watched by the sanitizer, or this says so."""
-    from sail_ops._backends import operators
-
     source = Path(small_steps.__file__).read_text()
     missing = {name for name in operators() if f"sail_ops.{name.removesuffix('_backward')}(" not in source}
     assert missing - ON_CPUS_ONLY == {"grouped_experts", "grouped_experts_backward"}  # fused_experts' kernels
@@ -55,8 +54,6 @@ class Calls(TorchDispatchMode):
 def test_small_steps_and_a_card_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps run every operator; each of those names a card that the library has no code for, not CUDA's "no kernel
     image". The card is looked up once a thread: here it is a supported one, then none."""
-    from sail_ops._backends import operators
-
     x, gate_up, down, _, _ = (t.detach().requires_grad_(t.is_floating_point()) for t in layer(CASE, torch.bfloat16))
     ends = torch.arange(1, CASE.E + 1).mul(12).int()
     with emulated():
