@@ -144,6 +144,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     del machine_info["node"]
     cpu, isa, threads = machine_info["cpu"], _library.cpu_isa(), torch.get_num_threads()
     cpu["flags"] = [flag for flag in cpu.get("flags", []) if flag.startswith(("avx", "amx", "fma"))]
+    if isa != (best := _library.cpu_isas()[-1]):  # SAIL_OPS_ISA: another machine's kernels, on this one
+        isa = f"{isa}-on-{best}"
     brand = re.sub(r"\W+", "-", cpu.get("brand_raw", machine_info["machine"]).lower())
     machine_info |= {
         "device": f"cpu-{brand}-{isa}-{threads}t",

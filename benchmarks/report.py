@@ -35,6 +35,7 @@ TITLES = {
     "moe": "The expert layer",
     "attention": "Attention",
     "norm": "Norms, rotary embedding and activation",
+    "linear": "Linear layers",
     "loss": "Head and loss",
     "step": "A whole decoder layer",
 }

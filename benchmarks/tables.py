@@ -141,6 +141,17 @@ def loss_table(results: Row) -> str:
     return table(["linear + cross-entropy", "by", "ms", "x sail", "peak MB", "sail's share"], lines)
 
 
+def linear_table(results: Row) -> str:
+    """A line a case: ours against `F.linear`, and which of the two `sail_ops.linear` is here."""
+    lines = [
+        [i["case"]["dtype"], str(i["case"]["T"]), i["case"]["mode"], f"{i['ms']['sail']:.2f}", f"{i['gflops']:.0f}"]
+        + [f"{i['speedup']['torch']:.2f}", i["taken"], f"{i['of_dense_mm_fp32']:.2f}", f"{i['of_read_bandwidth']:.2f}"]
+        for i in infos(results, "linear")
+    ]
+    header = ["linear", "T", "step", "ms", "GFLOP/s", "x F.linear", "taken", "of dense mm in fp32", "of read"]
+    return table(header, lines)
+
+
 def step_table(results: Row) -> str:
     """A decoder layer's training step: every part alone, the whole, and the peak of memory it adds, a column a side."""
     rows = infos(results, "step")
@@ -221,5 +232,11 @@ def not_measured_table(results: Row) -> str:
     return table(["not measured", "peer", "cases", "why"], lines)
 
 
-TABLES = {"norm": norm_table, "attention": attention_table, "loss": loss_table, "step": step_table}  # beside moe's
+TABLES = {  # beside moe's
+    "norm": norm_table,
+    "attention": attention_table,
+    "linear": linear_table,
+    "loss": loss_table,
+    "step": step_table,
+}
 CARD_TABLES = TABLES | {"grouped_mm": grouped_mm_table}  # there are rows of a card alone
