@@ -2,6 +2,7 @@
 g++, on CPU tensors. Inside `emulated()` the public functions of sail_ops use it, so that tests of the CPU are tests of
 the CUDA sources too: checks, plan, launches, indices and sums; not speed, nor a tensor core's rounding."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -64,9 +65,8 @@ def build(root: Path = ROOT, only: tuple[str, ...] = ()) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = list(threads.map(lambda source: _compile(compiler, folder, root, source), sources))
     library = folder / f"{_digest(*objects)}.so"
-    if not library.exists():
-        torch_libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        _run(library, compiler, "-shared", *map(str, objects), *torch_libraries)
+    torch_libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    _make(library, compiler, "-shared", *map(str, objects), *torch_libraries)
     return library
 
 
@@ -77,16 +77,17 @@ def _digest(*files: Path) -> str:
 def _compile(compiler: str, folder: Path, root: Path, source: Path) -> Path:
     """An object of the source, its launches without brackets, which g++ does not know."""
     out = folder / f"{source.stem}_{_digest(source)}.o"
-    if not out.exists():
-        copy = folder / f"{source.stem}.{os.getpid()}.cpp"
-        copy.write_text(LAUNCH.sub(r"emulated_launch(\1, \2, ", source.read_text()))
-        include = [f"-I{p}" for p in (EMULATION / "host", EMULATION, root / "csrc" / "cuda", root)]
-        _run(out, compiler, *FLAGS, *include, "-c", str(copy))
+    text = LAUNCH.sub(r"emulated_launch(\1, \2, ", source.read_text())
+    include = [f"-I{p}" for p in (EMULATION / "host", EMULATION, root / "csrc" / "cuda", root)]
+    _make(out, compiler, *FLAGS, *include, "-x", "c++", "-c", "-", text=text)
     return out
 
 
-def _run(out: Path, *command: str) -> None:
-    """`command -o out`, so that another process never sees half a file."""
-    part = out.with_suffix(f".{os.getpid()}")
-    subprocess.run([*command, "-o", str(part)], check=True)
-    part.rename(out)
+def _make(out: Path, *command: str, text: str = "") -> None:
+    """`command -o out` where there is no such file: one process makes it whole, another that wants it waits."""
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            part = out.with_suffix(".part")
+            subprocess.run([*command, "-o", str(part)], check=True, input=text, text=True)
+            part.rename(out)
