@@ -1,5 +1,6 @@
 """What tests compile, each once: results are kept in a folder of the machine, by what went into them."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -14,7 +15,10 @@ def digest(*files: Path) -> str:
 
 
 def run(out: Path, *command: str) -> None:
-    """`command -o out`, so that another process never sees half a file."""
-    part = out.with_suffix(f".{os.getpid()}")
-    subprocess.run([*command, "-o", str(part)], check=True)
-    part.rename(out)
+    """`command -o out` where there is no such file: one process makes it whole, another that wants it waits."""
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            part = out.with_suffix(".part")
+            subprocess.run([*command, "-o", str(part)], check=True)
+            part.rename(out)
