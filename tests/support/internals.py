@@ -33,15 +33,8 @@ def _build() -> Path:
     if not out.exists():
         FOLDER.mkdir(exist_ok=True)
         # -O0: it calls, and computes nothing
-        flags = [
-            "-std=c++17",
-            "-O0",
-            "-fPIC",
-            "-shared",
-            "-fvisibility=hidden",
-            "-fno-gnu-unique",
-            "-DSAIL_EMULATE_CUDA",
-        ]
+        flags = ["-std=c++17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique"]
+        flags += ["-fno-extern-tls-init", "-DSAIL_EMULATE_CUDA"]
         include = [SOURCES, EMULATION, KERNELS, pybind11.get_include(), sysconfig.get_paths()["include"]]
         run(out, compiler, *flags, *(f"-I{p}" for p in include), str(SOURCES / "module.cpp"))
     return out
