@@ -126,6 +126,8 @@ def test_what_is_no_row_of_the_case_is_not_taken() -> None:
     for other in ({"routing": "zipf"}, {"size": "coarse"}, {"graph": True}):
         assert predictions.measured_ms(up, [row(8192, "train", TRAIN, **other)]) is None
     assert predictions.measured_ms(up, [row(8192, "train", TRAIN) | {"family": "step"}]) is None
+    (both,) = [p for p in predictions.of_card("H100 HBM3") if p.title == "moe forward T 1024: all products"]
+    assert predictions.measured_ms(both, [row(1024, "forward", TRAIN[:4])]) is None, "a sum needs all of its kernels"
     foreign = [Launch(launch.symbol.replace("sail::", "other::"), *launch[1:]) for launch in TRAIN]
     assert predictions.measured_ms(up, [row(8192, "train", foreign)]) is None
     for name in ("NVIDIA A100-SXM4-80GB", "cuda-nvidia-a100-sxm4-80gb"):
