@@ -71,7 +71,7 @@ def serving(op: str, device: torch.device | str, dtype: torch.dtype = torch.bflo
             return Support(False, "", f"{TRITON[op]}, and Triton is not installed")
         return Support(True, "triton", TRITON[op])
     if op in LINEAR and (kind != "cpu" or _library.torch_multiplies(dtype)):
-        return Support(True, "torch", "sail_ops.linear is F.linear here")
+        return Support(True, "torch", "sail_ops.linear is F.linear here" + ", but for few rows" * (kind == "cpu"))
     if not has_kernel(op, KEYS[kind]):
         return Support(False, "", f"no kernel of {op} for {kind}")
     return Support(True, kind, cpu_isa() if kind == "cpu" else "compiled")

@@ -1,4 +1,4 @@
-"""The dense layer: torch's where torch is fast, our products where it is not (bf16 and fp16 on most CPUs)."""
+"""The dense layer: torch's where torch is fast, our products where it is not: fp16, bf16 on most CPUs, a few rows."""
 
 from typing import Any
 
@@ -9,33 +9,44 @@ from torch.autograd.function import once_differentiable
 
 from . import _library
 from ._autograd import in_autocast, needs_grad
+from ._backends import DTYPES
 
 _linear = torch.ops.sail_ops.linear.default
 _linear_backward = torch.ops.sail_ops.linear_backward.default
-_SLOW = (torch.bfloat16, torch.float16)  # of torch's products on a CPU, by its instruction set
+# rows and weights from which on torch's products, where they are fast at all, are as fast (linear-cpu-few-rows)
+_FEW_ROWS, _LEAST_WEIGHT = 16, 2**16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x @ weight^T + bias, summed in fp32 and rounded once; takes the place of `F.linear`.
 
     x: [..., K], weight: [N, K], bias: [N] or None, of one dtype (under autocast: cast to its dtype). Returns [..., N].
-    On a CPU, fp16 runs on this library's kernels, and so does bf16 where the instruction set in use has no bf16
-    products (anything but avx512_bf16): torch computes these several times slower. All else is `F.linear`: fp32, any
-    other dtype, and other devices, whose vendors' libraries have no faster peer.
+    On a CPU, our kernels compute fp16, bf16 where the instruction set in use has no bf16 products (anything but
+    avx512_bf16), and in every dtype at most 16 rows, as in decoding, by a weight of at least 65,536 numbers: torch
+    takes 1.2 to 5 times as long for these, and far longer for gradients in fp16. All else is `F.linear`: other dtypes,
+    and other devices, whose vendors' libraries have no faster peer.
     Saved for backward: x and weight. Rows that are not contiguous are copied.
     Raises ValueError for other shapes or dtypes; where it is `F.linear`, that raises its own RuntimeError.
     """
     autocast = in_autocast(x)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if x.device.type != "cpu" or dtype not in _SLOW or _library.torch_multiplies(dtype):
+    if x.device.type != "cpu" or dtype not in DTYPES or _torch_is_faster(dtype, x, weight):
         return F.linear(x, weight, bias)  # which sees to autocast by itself, and keeps the weights that it has cast
     if autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return own_linear(x, weight, bias)
+    return own_linear(x, weight, bias, torch_gradients=_library.torch_multiplies(dtype))
 
 
-def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """On our kernels, whatever the dtype and the instruction set."""
+def _torch_is_faster(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
+    if not _library.torch_multiplies(dtype):
+        return False
+    if torch.compiler.is_exporting():  # an exported program is for any number of rows
+        return True
+    return x.shape[:-1].numel() > _FEW_ROWS or weight.numel() < _LEAST_WEIGHT
+
+
+def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None, torch_gradients: bool = False) -> Tensor:
+    """On our kernels, whatever the dtype and the instruction set; its gradients by torch's products where asked."""
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"sail_ops.linear: weight: got shape {list(weight.shape)}, expected [N, K] with x's last dimension as K,"
@@ -43,7 +54,7 @@ def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         )
     x_MK = _rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     args = x_MK, _rows(weight), None if bias is None else bias.contiguous()
-    y_MN = _Linear.apply(*args) if needs_grad("linear", *args) else _linear(*args)
+    y_MN = _Linear.apply(*args, torch_gradients) if needs_grad("linear", *args) else _linear(*args)
     return y_MN.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -53,18 +64,21 @@ def _rows(matrix: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, torch_gradients: bool) -> Tensor:
         ctx.save_for_backward(x_MK, weight_NK)
+        ctx.torch_gradients = torch_gradients
         return _linear(x_MK, weight_NK, bias_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:
         x_MK, weight_NK = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        dx, dweight = _linear_backward(grad_MN.contiguous(), x_MK, weight_NK, need_x, need_weight)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dbias = grad_MN.sum(0) if need_bias else None
-        return dx if need_x else None, dweight if need_weight else None, dbias
+        if ctx.torch_gradients:
+            return grad_MN @ weight_NK if need_x else None, grad_MN.t() @ x_MK if need_weight else None, dbias, None
+        dx, dweight = _linear_backward(grad_MN.contiguous(), x_MK, weight_NK, need_x, need_weight)
+        return dx if need_x else None, dweight if need_weight else None, dbias, None
 
 
 @torch.library.register_fake("sail_ops::linear")

@@ -92,6 +92,36 @@ def test_the_rule(isa: str, dtype: torch.dtype) -> None:
     assert (sail_ops.linear(*args).grad_fn.name() != F.linear(*args).grad_fn.name()) == ours
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "rows, N, taken", [((), 256, True), ((4, 4), 256, True), ((17,), 256, False), ((16,), 255, False)]
+)
+def test_few_rows_of_a_large_weight(dtype: torch.dtype, rows: tuple[int, ...], N: int, taken: bool) -> None:
+    """Where torch is fast otherwise: the product is ours, its gradients are torch's."""
+    if not _library.torch_multiplies(dtype):
+        pytest.skip("torch's products are slow here")
+    args = inputs(rows, N, 256, dtype)
+    y, (ours, *_) = sail_ops.linear(*args), testing.run(own_linear, *args).outputs
+    assert torch.equal(y, ours if taken else F.linear(*args))
+    testing.check_op(sail_ops.linear, reference.linear, *args, k=testing.CHANCE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sail_ops.linear(*args).float().sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert ("sail_ops::linear" in names) == taken and "sail_ops::linear_backward" not in names
+
+
+def test_exported_for_any_number_of_rows() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return sail_ops.linear(x, weight)
+
+    x, weight, _ = (t.detach() for t in inputs((3,), 256, 256, torch.float32))
+    program = torch.export.export(Layer(), (x, weight), dynamic_shapes=({0: torch.export.Dim("T")}, None)).module()
+    for T in (2, 40):
+        more = testing.random(T, 256)
+        assert torch.equal(program(more, weight), F.linear(more, weight))
+
+
 def test_other_dtypes_are_torch_s() -> None:
     args = [torch.ones(3, 4), torch.ones(2, 4), torch.ones(2)]
     for dtype in (torch.float32, torch.float64, torch.complex64, torch.int64):
