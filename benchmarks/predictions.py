@@ -58,9 +58,10 @@ def predictions() -> tuple[Prediction, ...]:
 
 
 def of_card(name: str) -> list[Prediction]:
-    """Those for a card of that name, or of that folder of benchmarks/results."""
-    words = re.split(r"\W+", name.lower())
-    return [prediction for prediction in predictions() if prediction.device.lower() in words]
+    """Those whose device has all its words in the name of a card, or of its folder in benchmarks/results: an H100 PCIe
+    is another card than an H100 with HBM3."""
+    words = set(re.split(r"\W+", name.lower()))
+    return [prediction for prediction in predictions() if words.issuperset(prediction.device.lower().split())]
 
 
 def selected(wanted: dict[str, Any], launches: Iterable[Launch]) -> list[Launch]:

@@ -214,7 +214,7 @@ def graph_table(results: Row) -> str:
             keys = [key for key in ("name", "op", "mode", "routing", "T", "D") if key in case]
             eager = [j["ms"]["sail"] for j in launched if all(j["case"][key] == case[key] for key in keys)]
             peers = ", ".join(f"{ratio:.2f} {name}" for name, ratio in i["speedup"].items() if name != "copy")
-            named = " ".join(str(case[key]) for key in keys if key != "D")
+            named = " ".join(f"{key} {case[key]}" if key in ("T", "D") else str(case[key]) for key in keys)
             shown = [f"{ms:.3f}" for ms in (*eager[:1], i["ms"]["sail"])]
             lines.append([f"{family} {named}", *[""] * (2 - len(shown)), *shown, peers])
     return table(["replayed as a CUDA graph", "launched, ms", "replayed, ms", "x peers' replays"], lines)

@@ -247,7 +247,8 @@ def test_rows_of_graphs_stand_beside_those_of_launches(monkeypatch: pytest.Monke
     rows += [row(moe.test_fused_experts, replace(case, graph=graph)) for graph in (False, True)]
     results = {"benchmarks": [{"extra_info": r} for r in rows]}
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.graph_table(results).splitlines()[2:]]
-    assert [line[0] for line in lines] == ["attention decode8 forward", "norm swiglu 16", "moe forward uniform 64"]
+    named = ["attention decode8 forward", "norm swiglu T 16 D 64", "moe forward uniform T 64 D 64"]
+    assert [line[0] for line in lines] == named
     for line, launched, replayed in zip(lines, rows[::2], rows[1::2], strict=True):
         assert line[1:3] == [f"{r['ms']['sail']:.3f}" for r in (launched, replayed)]
     assert set(rows[-1]["ms"]) == {"sail", "grouped_mm"} and "peak_bytes" not in rows[-1]

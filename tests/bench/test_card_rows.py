@@ -89,6 +89,8 @@ def test_a_run_that_was_killed_is_no_result(tmp_path: Path) -> None:
     assert report.kept("cuda-a-card") == {}
     page = report.page()
     assert "### A run of moe that ended early" in page and "| 3.00 grouped_mm |" in page and "3x?" not in page
+    kept = {"moe": {"benchmarks": []}}
+    assert "ended early" not in "".join(card_page.parts(path.parent, kept)), "a whole run says more"
     path.write_text('{"par')
     assert journal.read(path) == {"partial": True, "benchmarks": []}
 

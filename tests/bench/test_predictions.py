@@ -19,7 +19,7 @@ IDS = [line.split(":")[0] for p in (ROOT / "docs/decisions").glob("*.md") for li
 IDS = [text.split("\n")[0] for text in IDS]
 CUDA = "\n".join(p.read_text() for p in sorted((ROOT / "csrc" / "cuda").rglob("*.cu*")))
 BF16 = 2
-RATES = {"H100": (989e12, 3.35e12), "A100": (312e12, 2.039e12)}  # flop a second in bf16, bytes a second
+RATES = {"H100 HBM3": (989e12, 3.35e12), "A100 SXM4 80GB": (312e12, 2.039e12)}  # flop a second in bf16, bytes a second
 
 
 def symbol(kernel: str, epilogue: str = "") -> str:
@@ -121,16 +121,19 @@ def test_a_cards_kernels_stand_beside_their_predictions() -> None:
 
 
 def test_what_is_no_row_of_the_case_is_not_taken() -> None:
-    (up,) = [p for p in predictions.of_card("h100") if p.title == "moe train T 8192: up"]
+    (up,) = [p for p in predictions.of_card("H100 HBM3") if p.title == "moe train T 8192: up"]
     assert predictions.measured_ms(up, [row(8192, "train", TRAIN)]) == pytest.approx(0.11)
     for other in ({"routing": "zipf"}, {"size": "coarse"}, {"graph": True}):
         assert predictions.measured_ms(up, [row(8192, "train", TRAIN, **other)]) is None
     assert predictions.measured_ms(up, [row(8192, "train", TRAIN) | {"family": "step"}]) is None
+    (both,) = [p for p in predictions.of_card("H100 HBM3") if p.title == "moe forward T 1024: all products"]
+    assert predictions.measured_ms(both, [row(1024, "forward", TRAIN[:4])]) is None, "a sum needs all of its kernels"
     foreign = [Launch(launch.symbol.replace("sail::", "other::"), *launch[1:]) for launch in TRAIN]
     assert predictions.measured_ms(up, [row(8192, "train", foreign)]) is None
     for name in ("NVIDIA A100-SXM4-80GB", "cuda-nvidia-a100-sxm4-80gb"):
-        assert {p.device for p in predictions.of_card(name)} == {"A100"}
-    assert predictions.of_card("NVIDIA GH200") == predictions.of_card("cuda-nvidia-h200") == []
+        assert {p.device for p in predictions.of_card(name)} == {"A100 SXM4 80GB"}
+    for name in ("NVIDIA GH200 480GB", "cuda-nvidia-h200", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB"):
+        assert predictions.of_card(name) == []
 
 
 def test_the_page_says_what_nobody_has_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -138,8 +141,8 @@ def test_the_page_says_what_nobody_has_measured(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "cuda-nvidia-h100-80gb-hbm3").mkdir()
     _, measured, waiting = report.page().split("\n## ")
-    assert measured.startswith("cuda-nvidia-h100") and waiting.startswith("A100: no card has run it\n\n")
-    for text, device in ((measured, "H100"), (waiting, "A100")):
+    assert measured.startswith("cuda-nvidia-h100") and waiting.startswith("A100 SXM4 80GB: no card has run it\n\n")
+    for text, device in ((measured, "H100 HBM3"), (waiting, "A100 SXM4 80GB")):
         lines = cells(text[text.index("| kernels") :])
         assert len(lines) == len(predictions.of_card(device)) and {line[0] for line in lines.values()} == {
             "not measured"
