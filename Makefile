@@ -10,6 +10,8 @@
 #   make build      the libraries and what the jobs need, nothing run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+# a test process for each core; files stay whole, as several share what is costly to make (ARGS=-n0: in one process)
+WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 # what a build prints that is worth a line: which libraries and why, each object, errors
@@ -26,7 +28,7 @@ demo: $(VENV)/.demo
 	$(PY) -m training.demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

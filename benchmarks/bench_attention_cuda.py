@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import bench_attention, events, harness
+from benchmarks import bench_attention, events, graphs, harness, rows
 from benchmarks.bench_attention import RAGGED, AttentionSteps, Case, batched
 from benchmarks.limits import Limits
 
@@ -37,6 +37,8 @@ CASES = {
     }.items()
     for mode in ("forward", "train")
 } | {f"decode{n}": DECODE._replace(queries=n) for n in (1, 8)}
+# a step of decoding is replayed as a CUDA graph too
+ROWS = [(name, graph) for name, case in CASES.items() for graph in ((False, True) if case.queries else (False,))]
 
 
 def by_backend(backend: SDPBackend, s: AttentionSteps, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,19 +87,18 @@ def peers_of(case: Case) -> list[str]:
     return [*bench_attention.peers_of(case), *(["torch_varlen"] if ragged else BACKENDS), "flash_attn"]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_attention(benchmark: BenchmarkFixture, name: str, cuda_limits: Limits) -> None:
+@pytest.mark.parametrize("name, graph", ROWS, ids=[f"{name}{'-graph' * graph}" for name, graph in ROWS])
+def test_attention(benchmark: BenchmarkFixture, name: str, graph: bool, cuda_limits: Limits) -> None:
     """Forward, or forward and backward, against all peers."""
     case = bench_attention.sized(CASES[name])
     steps = CardSteps(case, events.DEVICE)
-    samples, facts = events.measure(benchmark, steps, peers_of(CASES[name]), budget=BUDGET)
+    timed = graphs.Replays(steps) if graph else steps
+    row = {"family": "attention", "kind": case.mode, "case": {"name": name, **case._asdict(), "graph": graph}}
+    samples, facts = rows.measure(benchmark, timed, peers_of(CASES[name]), budget=BUDGET, row=row)
     gflops = steps.flops / median(samples["sail"]) / 1e9
     harness.record(
         benchmark,
         samples,
-        family="attention",
-        kind=case.mode,
-        case={"name": name, **case._asdict()},
         gflops=gflops,
         of_dense_mm=gflops / cuda_limits.dense_gflops[case.dtype],
         **facts,

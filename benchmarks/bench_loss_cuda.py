@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import events, harness
+from benchmarks import events, harness, rows
 from benchmarks.bench_loss import PEERS, SHAPES, LossSteps
 from benchmarks.cases import DTYPES, size_name
 from benchmarks.limits import Limits
@@ -19,17 +19,15 @@ SHAPE = (8192, 2048, 151936) if size_name() == "full" else SHAPES["tiny"]
 def test_loss(benchmark: BenchmarkFixture, cuda_limits: Limits) -> None:
     """A training step of head and loss, and its peak of memory beside inputs and gradients."""
     steps = LossSteps(DTYPES["bf16"], SHAPE, events.DEVICE)
-    samples, facts = events.measure(benchmark, steps, [*PEERS, "liger"], budget=BUDGET)
+    row = {"family": "loss", "kind": "train", "case": {"dtype": "bf16", **dict(zip("TDV", SHAPE, strict=True))}}
+    samples, facts = rows.measure(benchmark, steps, [*PEERS, "liger"], budget=BUDGET, row=row)
     gradients = steps.hidden_TD.nbytes + steps.lm_head_VD.nbytes
     gflops = steps.flops / median(samples["sail"]) / 1e9
     harness.record(
         benchmark,
         samples,
-        family="loss",
-        kind="train",
-        case={"dtype": "bf16", **dict(zip("TDV", SHAPE, strict=True))},
         gflops=gflops,
         of_dense_mm=gflops / cuda_limits.dense_gflops["bf16"],
-        peak={name: events.peak_memory(steps, name) - gradients for name in samples},
+        peak={name: rows.peak_memory(steps, name) - gradients for name in samples},
         **facts,
     )

@@ -1,7 +1,8 @@
 """`fused_experts` on an NVIDIA card, beside transformers, torch.compile and liger-kernel on the same weights.
 
 Times are the device's (CUDA events), medians of interleaved rounds with a cold second-level cache; peak memory of a
-step beside each. Run one with `-k "full and T8192 and train and uniform"`.
+step beside each; where tokens are few, replays of CUDA graphs too. Run one with
+`-k "full and T8192 and train and uniform"`.
 """
 
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import events, harness
+from benchmarks import events, graphs, harness, rows
 from benchmarks.cases import MoeCase, cuda_cases
 from benchmarks.layer import Layer
 from benchmarks.limits import Limits
@@ -23,9 +24,15 @@ NOT_MEASURED = {"sonicmoe": "needs an environment of its own: it pins torch <= 2
 
 
 def peers_of(case: MoeCase) -> list[str]:
-    """The stock loop trains at one size alone: 0.3 s a step, an artefact (bench_moe.py)."""
-    peers = ["grouped_mm", "grouped_mm_compiled", "eager_unbind", "liger"]
-    if case.mode == "forward" or (case.T == 8192 and case.routing == "uniform"):
+    """The stock loop trains at one size alone, and what torch.compile makes is compiled for that size alone: a graph
+    for inference and one for training. A replay has no peers that wait for the device."""
+    if case.graph:
+        return ["grouped_mm"]
+    peers = ["grouped_mm", "eager_unbind", "liger"]
+    chosen = case.T == 8192 and case.routing == "uniform" and case.size == "full"
+    if chosen:
+        peers.append("grouped_mm_compiled")
+    if case.mode == "forward" or chosen:
         peers.append("stock_eager")
     if case.mode == "train":
         peers.append("sail_recompute")
@@ -51,11 +58,11 @@ class CardLayer(Layer):
 def test_fused_experts(benchmark: BenchmarkFixture, case: MoeCase, cuda_limits: Limits) -> None:
     """Forward, or forward and backward for x, both weights and the routing weights."""
     steps = CardLayer(case)
-    samples, facts = events.measure(benchmark, steps, peers_of(case), budget=BUDGET)
-    harness.record(
-        benchmark,
-        samples,
-        **cuda_limits.rates(case, steps.hit, median(samples["sail"])),
-        peak_bytes={name: events.peak_memory(steps, name) for name in samples},
-        not_measured=NOT_MEASURED | facts["not_measured"],
-    )
+    timed = graphs.Replays(steps) if case.graph else steps
+    row = {"family": "moe", "kind": case.mode, "case": vars(case) | vars(case.sizes)}
+    samples, facts = rows.measure(benchmark, timed, peers_of(case), budget=BUDGET, row=row)
+    facts |= cuda_limits.rates(case, steps.hit, median(samples["sail"]))
+    if not case.graph:
+        facts["not_measured"] |= NOT_MEASURED
+        facts["peak_bytes"] = {name: rows.peak_memory(steps, name) for name in samples}
+    harness.record(benchmark, samples, **facts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import events, harness
+from benchmarks import events, harness, rows
 from benchmarks.bench_attention import RAGGED
 from benchmarks.bench_step import LENGTHS, PARTS, LayerSteps
 from benchmarks.cases import size_name
@@ -28,16 +28,15 @@ def pack(tokens: int) -> tuple[int, ...]:
 def test_decoder_layer(benchmark: BenchmarkFixture, tokens: int, cuda_limits: Limits) -> None:
     """The layers, our and transformers' parts one by one, and the peak of memory that a step adds."""
     steps = LayerSteps("bf16", size_name(), events.DEVICE, pack(tokens))
-    samples, facts = events.measure(benchmark, steps, ["transformers", "liger"], budget=BUDGET)
+    case = {"layer": "Qwen3-30B-A3B", "dtype": "bf16", "T": tokens, "lengths": pack(tokens)}
+    row = {"family": "step", "kind": "train", "case": case}
+    samples, facts = rows.measure(benchmark, steps, ["transformers", "liger"], budget=BUDGET, row=row)
     names = [f"{side} {part}" for part in PARTS for side in ("sail", "transformers") if side in samples]
     parts = harness.alternate(steps, names, BUDGET, events.Events().step)
     harness.record(
         benchmark,
         samples,
-        family="step",
-        kind="train",
-        case={"layer": "Qwen3-30B-A3B", "dtype": "bf16", "T": tokens, "lengths": pack(tokens)},
         parts_ms={name: 1e3 * seconds for name, seconds in parts.items()},
-        peak_bytes={name: events.peak_memory(steps, name) for name in samples},
+        peak_bytes={name: rows.peak_memory(steps, name) for name in samples},
         **facts,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+GRAPH_TOKENS = 1024  # up to so many, graphs are replayed too
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -45,6 +46,8 @@ class MoeCase:
     fresh       a new tensor each step, whose pages the kernel faults in
     huge_pages  the same in a process where malloc asks for 2 MiB pages, for every implementation
     in_place    added into a buffer that stays: `main_grads` for sail_ops, `.grad` accumulation for the others
+
+    graph: the step is replayed as a CUDA graph, on a card.
     """
 
     dtype: str
@@ -54,12 +57,13 @@ class MoeCase:
     gradients: str | None = None
     size: str = "full"
     device: str = "cpu"
+    graph: bool = False
 
     @property
     def id(self) -> str:
         """As in `pytest -k`."""
         size = self.size if self.device == "cuda" else None
-        parts = (self.dtype, self.routing, size, f"T{self.T}", self.mode, self.gradients)
+        parts = (self.dtype, self.routing, size, f"T{self.T}", self.mode, self.gradients, "graph" * self.graph)
         return "-".join(part for part in parts if part)
 
     @property
@@ -111,16 +115,17 @@ def moe_cases() -> list[MoeCase]:
 
 def cuda_cases() -> list[MoeCase]:
     """Every row of bench_moe_cuda.py; all rows of a size share one set of weights. dW is a new tensor each step, whose
-    memory torch's allocator keeps."""
+    memory torch's allocator keeps. Where launches may take longer than kernels, a step is replayed as a graph too."""
     shapes = {"full": (1024, 4096, 8192, 32768), "fine": (32768,), "coarse": (8192,)}
     if size_name() == "tiny":
         shapes = {"tiny": (64,)}
     return [
-        MoeCase("bf16", routing, T, mode, "fresh" if mode == "train" else None, size, "cuda")
+        MoeCase("bf16", routing, T, mode, "fresh" if mode == "train" else None, size, "cuda", graph)
         for size, tokens in shapes.items()
         for T in tokens
         for routing in ("uniform", "zipf")
         for mode in ("forward", "train")
+        for graph in ((False, True) if T <= GRAPH_TOKENS and routing == "uniform" else (False,))
     ]
 
 

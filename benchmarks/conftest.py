@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import journal, report
 from benchmarks import limits as machine_limits
-from benchmarks import report
 from benchmarks.cases import size_name
 from benchmarks.limits import Limits
 from benchmarks.worker import EXACT_MEMORY, HUGE_PAGES, Worker
@@ -63,6 +63,23 @@ def memory_worker() -> Iterator[Worker]:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[PARTIAL] = size_name() != "full" or any("::" in argument for argument in config.args)
     config.stash[ON_CARD] = any("_cuda" in argument for argument in config.args)
+    if config.stash[ON_CARD] and size_name() == "full":
+        journal.start(lambda: header(config))
+
+
+def header(config: pytest.Config) -> tuple[Path, dict[str, Any]]:
+    """Where a run's rows are kept as they come, and what is said of all of them."""
+    facts = {key: value for key, value in collect(config).items() if key != "benchmarks"}
+    return report.RESULTS / facts["machine_info"]["device"], facts
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A row whose test has passed is whole."""
+    outcome: Any = yield
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if outcome.excinfo is None and benchmark is not None and "ms" in benchmark.extra_info:
+        journal.write(item.name, benchmark.extra_info, "whole")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -115,6 +132,7 @@ def keep(results: dict[str, Any]) -> list[Path]:
             {**results, "benchmarks": rows}, indent=1, default=vars
         )  # vars: a MoeCase among the parameters
         path.write_text(text + "\n")
+        path.with_name(f"{family}{journal.SUFFIX}").unlink(missing_ok=True)
         written.append(path)
         if family == "moe" and "card" not in results["machine_info"]:  # the chart's panels are a CPU's limits
             written.append(report.chart({**results, "benchmarks": rows}, path.with_suffix(".png")))
@@ -126,6 +144,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     del machine_info["node"]
     cpu, isa, threads = machine_info["cpu"], _library.cpu_isa(), torch.get_num_threads()
     cpu["flags"] = [flag for flag in cpu.get("flags", []) if flag.startswith(("avx", "amx", "fma"))]
+    if isa != (best := _library.cpu_isas()[-1]):  # SAIL_OPS_ISA: another machine's kernels, on this one
+        isa = f"{isa}-on-{best}"
     brand = re.sub(r"\W+", "-", cpu.get("brand_raw", machine_info["machine"]).lower())
     machine_info |= {
         "device": f"cpu-{brand}-{isa}-{threads}t",

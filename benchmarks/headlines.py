@@ -1,7 +1,8 @@
 """The few figures that decide, on a card that is there for minutes: python -m benchmarks.headlines --out FILE.jsonl
 
-The expert layer at T 8192 and 32768, attention at S 4096 and a whole decoder layer, each beside its peers, ours first.
-A measurement is one line of JSON, written as soon as it is there; at the end comes the verdict on "3x" by baseline.
+The expert layer at T 8192 and 32768, attention at S 4096, a whole decoder layer and the bare grouped product, each
+beside its peers, ours first. A measurement is one line of JSON, written as soon as it is there; at the end come our
+kernels' times beside what was predicted of them (predictions.py), and the verdict on "3x" by baseline.
 A peer takes turns with ours, A B A B, so that both meet the same clock; one a hundred times as slow is timed once.
 --budget stops in time and names what found none. --tiny runs every line where there is no card, and means nothing.
 """
@@ -15,27 +16,36 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUND_SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 0.5, 20, 5  # of a peer's turns with ours
+SHOWN = ("ms", "speedup", "not_measured", "failed", "kernels_failed")  # of a line, on the terminal
 LEAST = 2.0  # seconds that a measurement is started for
-ONCE = ("stock_eager",)  # 0.3 s a step on a card, and an artefact: each W[e] builds a zero gradient of W's full size
 
 
 class Headline(NamedTuple):
-    """A case, how its steps are made, and with whom it is compared."""
+    """A case, how its steps are made, with whom it is compared, and the row of the benchmarks that it is."""
 
     case: str
     steps: Callable[[], Any]
     peers: list[str]
+    row: dict[str, Any]
 
 
 def headlines(tiny: bool) -> Iterator[Headline]:
     """In the order of what matters most."""
-    from benchmarks import bench_attention, bench_attention_cuda, bench_moe_cuda, bench_step_cuda, events
+    from benchmarks import (
+        bench_attention,
+        bench_attention_cuda,
+        bench_grouped_mm_cuda,
+        bench_moe_cuda,
+        bench_step_cuda,
+        events,
+    )
     from benchmarks.bench_step import LayerSteps
     from benchmarks.cases import MoeCase, size_name
 
@@ -46,20 +56,26 @@ def headlines(tiny: bool) -> Iterator[Headline]:
             peers = ["sail_cluster", "grouped_mm", "liger"]
             if mode == "train" and T != 32768:
                 peers += ["eager_unbind", "stock_eager"]
-            yield Headline(f"experts T{T} {mode}", lambda case=case: bench_moe_cuda.CardLayer(case), peers)
+            row = {"family": "moe", "case": vars(case) | vars(case.sizes)}
+            yield Headline(f"experts T{T} {mode}", lambda case=case: bench_moe_cuda.CardLayer(case), peers, row)
     for name in ("S4096-train", "S4096-forward"):
         shape = bench_attention.sized(bench_attention_cuda.CASES[name])
         yield Headline(
             f"attention {name}",
             lambda shape=shape: bench_attention_cuda.CardSteps(shape, device),
             ["sdpa_flash", "sdpa_cudnn"],
+            {"family": "attention", "case": {"name": name, **shape._asdict()}},
         )
     tokens = bench_step_cuda.TOKENS[0]
     lengths = bench_step_cuda.pack(tokens)
-    step = Headline(
-        f"decoder layer T{tokens}", lambda: LayerSteps("bf16", size, device, lengths), ["transformers", "liger"]
-    )
-    yield step
+    row = {"family": "step", "case": {"layer": "Qwen3-30B-A3B", "dtype": "bf16", "T": tokens}}
+    peers = ["transformers", "liger"]
+    yield Headline(f"decoder layer T{tokens}", lambda: LayerSteps("bf16", size, device, lengths), peers, row)
+    for mode, layout in bench_grouped_mm_cuda.CASES:
+        row = {"family": "grouped_mm", "case": {"mode": mode, "layout": layout}}
+        arguments = mode, layout, 64 if tiny else bench_grouped_mm_cuda.TOKENS, size, device
+        steps = partial(bench_grouped_mm_cuda.GroupedMmSteps, *arguments)
+        yield Headline(f"grouped_mm {mode} {layout}", steps, ["torch"], row)
 
 
 class Run:
@@ -77,8 +93,19 @@ class Run:
         if self.file is not None:
             self.file.write(json.dumps({"name": "headline", **line}) + "\n")
             self.file.flush()
-        shown = {key: value for key, value in line.items() if key in ("ms", "speedup", "not_measured", "failed")}
+        shown = {key: line[key] for key in SHOWN if key in line}
         print(f"{line['case']:24} {line['implementation']:14} {json.dumps(shown)}", flush=True)
+
+    def measured(self, headline: Headline, name: str, steps: Any, samples: dict[str, list[float]]) -> None:
+        """An implementation's line: medians of all turns, its time over ours, clock and power, and what ran."""
+        from benchmarks import events, kernels
+
+        facts = events.state() | kernels.facts(steps, [name])
+        if launches := facts.pop("launches"):
+            facts["row"] = headline.row | {"launches": launches}
+        ms = {who: 1e3 * median(times) for who, times in samples.items()}
+        facts |= {} if name == "sail" else {"speedup": {name: ms[name] / ms["sail"]}}
+        self.write(case=headline.case, implementation=name, ms=ms, samples=samples, **facts)
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline - LEAST
@@ -86,7 +113,7 @@ class Run:
 
 def measure(run: Run, headline: Headline) -> None:
     """Ours alone, then each peer in turns with ours. A failure of ours ends the case, one of a peer is a line."""
-    from benchmarks import events
+    from benchmarks import events, rows
 
     names = ["sail", *headline.peers]
     if run.out_of_time():
@@ -95,49 +122,37 @@ def measure(run: Run, headline: Headline) -> None:
         return
     clock, steps = events.Events(), headline.steps()
     try:
-        ours = rounds(clock, steps, ["sail"])["sail"]
+        samples = rounds(clock, steps, ["sail"])
     except Exception as error:
         run.failed = True
         traceback.print_exc()
         run.write(case=headline.case, implementation="sail", failed=f"{type(error).__name__}: {error}"[:300])
         return
-    facts = events.state() | {"kernels": events.kernel_names(steps, "sail")}
-    run.write(case=headline.case, implementation="sail", ms={"sail": 1e3 * median(ours)}, samples=ours, **facts)
+    run.measured(headline, "sail", steps, samples)
     for name in headline.peers:
         if run.out_of_time():
             run.write(case=headline.case, implementation=name, not_measured="no time left")
-        elif why := events.failure(steps, name):
+        elif why := rows.failure(steps, name):
             run.write(case=headline.case, implementation=name, not_measured=why)
         else:
-            compare(run, headline.case, clock, steps, name)
-
-
-def compare(run: Run, case: str, clock: Any, steps: Any, name: str) -> None:
-    """The peer's line: both medians of their turns, and its time over ours."""
-    from benchmarks import events
-
-    samples = rounds(clock, steps, ["sail", name])
-    ms = {who: 1e3 * median(times) for who, times in samples.items()}
-    facts = events.state() | {"kernels": events.kernel_names(steps, name)}
-    speedup = {name: ms[name] / ms["sail"]}
-    run.write(case=case, implementation=name, ms=ms, speedup=speedup, samples=samples, **facts)
+            run.measured(headline, name, steps, rounds(clock, steps, ["sail", name]))
 
 
 def rounds(clock: Any, steps: Any, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of every turn; one turn where a name of ONCE is among them, or times mean nothing."""
+    """Seconds of every turn; one turn where a peer that is timed once is among them, or times mean nothing."""
+    from benchmarks import rows
     from benchmarks.cases import size_name
 
-    once = sum(clock.step(steps, name) for name in names)  # compiles, tunes, allocates
-    if any(name in ONCE for name in names) or size_name() == "tiny":
-        count = 1
-    else:
-        once = sum(clock.step(steps, name) for name in names)
-        count = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(ROUND_SECONDS / once)))
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(count):
-        for name in names:
-            samples[name].append(clock.step(steps, name))
-    return samples
+    if any(name in rows.ONCE for name in names) or size_name() == "tiny":
+        return rows.rounds(clock, steps, names, 0.0, least=1, most=1)
+    return rows.rounds(clock, steps, names, ROUND_SECONDS, LEAST_ROUNDS, MOST_ROUNDS)
+
+
+def kernel_times(lines: list[dict[str, Any]], card: str) -> str:
+    """Our kernels beside their predictions for that card, those that were measured; "" without any."""
+    from benchmarks.predictions import of_card, prediction_table
+
+    return prediction_table(of_card(card), [line["row"] for line in lines if "row" in line], missing=False)
 
 
 def verdict(lines: list[dict[str, Any]]) -> str:
@@ -154,6 +169,13 @@ def verdict(lines: list[dict[str, Any]]) -> str:
     if not rows:
         return "3x: nothing was measured"
     return table(["expert layer, bf16 training, against", "ours is faster by", "3x?"], rows)
+
+
+def torch_card() -> str:
+    """The card's name."""
+    import torch
+
+    return str(torch.cuda.get_device_name(0))
 
 
 def without_card() -> AbstractContextManager[None]:
@@ -184,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
         for headline in headlines(options.tiny):
             if re.search(options.only, headline.case):
                 measure(run, headline)
-    print(verdict(run.lines), flush=True)
+    card = "" if options.tiny else torch_card()
+    for text in filter(None, (kernel_times(run.lines, card), verdict(run.lines))):
+        print(text, flush=True)
     return int(run.failed)
 
 

@@ -10,13 +10,15 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import cards
+from benchmarks import card_page, cards
 from benchmarks.tables import (
+    CARD_TABLES,
     GRADIENTS,
     PEERS,
     TABLES,
     Row,
     against_best,
+    graph_table,
     infos,
     memory_table,
     not_measured_table,
@@ -33,6 +35,7 @@ TITLES = {
     "moe": "The expert layer",
     "attention": "Attention",
     "norm": "Norms, rotary embedding and activation",
+    "linear": "Linear layers",
     "loss": "Head and loss",
     "step": "A whole decoder layer",
 }
@@ -70,7 +73,8 @@ def summary(results: Row) -> str:
     """What a benchmark run prints at its end."""
     speed = speed_table(infos(results, "moe"))
     parts = [provenance(results), speed, speed and LEGEND, variant_table(results), memory_table(results)]
-    parts += [TABLES[family](results) for family in TABLES] + [verdict(results), not_measured_table(results)]
+    parts += [CARD_TABLES[family](results) for family in CARD_TABLES] + [graph_table(results)]
+    parts += [verdict(results), not_measured_table(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -180,12 +184,13 @@ def cards_block() -> str:
 
 def kept(device: str) -> dict[str, Row]:
     """The results of a device, by family."""
-    paths = sorted(path for path in (RESULTS / device).glob("*.json") if path.stem in ("moe", *TABLES))
+    paths = sorted(path for path in (RESULTS / device).glob("*.json") if path.stem in ("moe", *CARD_TABLES))
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def page() -> str:
-    """RESULTS.md: of every CPU what was aimed at and every table, then of every card what its runs printed."""
+    """RESULTS.md: of every CPU what was aimed at and every table, then of every card what its runs printed, and what
+    was predicted of its kernels beside what they took."""
     devices = sorted(folder.name for folder in RESULTS.iterdir() if folder.is_dir())
     parts = [f"# Results\n\n{NOTICE}"]
     for device in (name for name in devices if not name.startswith("cuda-")):
@@ -196,8 +201,12 @@ def page() -> str:
                 source = f"results/{device}/{family}"
                 block = moe_block(families[family], source) if family == "moe" else None
                 parts += [f"### {TITLES[family]}", block or family_block(families[family], source, family)]
-    for device in (name for name in devices if name.startswith("cuda-")):
-        parts += [f"## {device}", *(summary(results) for results in kept(device).values())]
+    measured_cards = [name for name in devices if name.startswith("cuda-")]
+    for device in measured_cards:
+        families = kept(device)
+        parts += [f"## {device}", *(summary(results) for results in families.values())]
+        parts += card_page.parts(RESULTS / device, families)
+    parts += card_page.without_results(measured_cards)
     return "\n\n".join(parts) + "\n"
 
 
@@ -225,11 +234,14 @@ def show(device: str) -> int:
     """Print what is kept of a device."""
     # a demo's results (training/results.py) lie here too, and are no benchmark
     paths = sorted(path for path in (RESULTS / device).glob("*.json") if not path.stem.startswith("demo"))
-    for path in paths:
-        print(f"# {path.stem}\n\n{summary(json.loads(path.read_text()))}\n")
-    if not paths:
+    parts = [f"# {path.stem}\n\n{summary(json.loads(path.read_text()))}\n" for path in paths]
+    if device.startswith("cuda-") and (RESULTS / device).is_dir():
+        parts += card_page.parts(RESULTS / device, kept(device))
+    for part in parts:
+        print(part)
+    if not parts:
         print(f"no results of {device}; there are: {', '.join(sorted(p.name for p in RESULTS.iterdir()))}")
-    return int(not paths)
+    return int(not parts)
 
 
 def main(arguments: list[str] | None = None) -> int:

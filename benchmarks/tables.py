@@ -41,10 +41,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def infos(results: Row, family: str, **wanted: object) -> list[Row]:
-    """extra_info of a family's timed rows, in the order they ran, whose case has the `wanted` values."""
+def infos(results: Row, family: str, graph: bool = False, **wanted: object) -> list[Row]:
+    """extra_info of a family's timed rows, in the order they ran, whose case has the `wanted` values: of steps that
+    were launched, or of those that were replayed as a CUDA graph."""
     rows = [row["extra_info"] for row in results["benchmarks"]]
     rows = [i for i in rows if i.get("family") == family and i["kind"] != "memory"]
+    rows = [i for i in rows if bool(i["case"].get("graph")) == graph]
     return [i for i in rows if all(i["case"][key] == value for key, value in wanted.items())]
 
 
@@ -139,6 +141,17 @@ def loss_table(results: Row) -> str:
     return table(["linear + cross-entropy", "by", "ms", "x sail", "peak MB", "sail's share"], lines)
 
 
+def linear_table(results: Row) -> str:
+    """A line a case: ours against `F.linear`, and which of the two `sail_ops.linear` is here."""
+    lines = [
+        [i["case"]["dtype"], str(i["case"]["T"]), i["case"]["mode"], f"{i['ms']['sail']:.2f}", f"{i['gflops']:.0f}"]
+        + [f"{i['speedup']['torch']:.2f}", i["taken"], f"{i['of_dense_mm_fp32']:.2f}", f"{i['of_read_bandwidth']:.2f}"]
+        for i in infos(results, "linear")
+    ]
+    header = ["linear", "T", "step", "ms", "GFLOP/s", "x F.linear", "taken", "of dense mm in fp32", "of read"]
+    return table(header, lines)
+
+
 def step_table(results: Row) -> str:
     """A decoder layer's training step: every part alone, the whole, and the peak of memory it adds, a column a side."""
     rows = infos(results, "step")
@@ -180,6 +193,33 @@ def attention_table(results: Row) -> str:
     return table(header, lines)
 
 
+def grouped_mm_table(results: Row) -> str:
+    """A line a product, against torch's own."""
+    rows = infos(results, "grouped_mm")
+    lines = [
+        [f"{i['case']['mode']}, w {i['case']['layout']}", f"{i['ms']['sail']:.2f}", *ratios(i, {"torch": ""})]
+        + [f"{i['gflops']:.0f}", f"{i['of_dense_mm']:.2f}"]
+        for i in rows
+    ]
+    return table(["grouped_mm", "ms", "x F.grouped_mm", "GFLOP/s", "of dense mm"], lines)
+
+
+def graph_table(results: Row) -> str:
+    """A line a step that was replayed as a CUDA graph: launched, replayed, and its peers' replays over ours."""
+    lines = []
+    for family in dict.fromkeys(row["extra_info"]["family"] for row in results["benchmarks"]):
+        launched = infos(results, family)
+        for i in infos(results, family, graph=True):
+            case = i["case"]
+            keys = [key for key in ("name", "op", "mode", "routing", "T", "D") if key in case]
+            eager = [j["ms"]["sail"] for j in launched if all(j["case"][key] == case[key] for key in keys)]
+            peers = ", ".join(f"{ratio:.2f} {name}" for name, ratio in i["speedup"].items() if name != "copy")
+            named = " ".join(str(case[key]) for key in keys if key != "D")
+            shown = [f"{ms:.3f}" for ms in (*eager[:1], i["ms"]["sail"])]
+            lines.append([f"{family} {named}", *[""] * (2 - len(shown)), *shown, peers])
+    return table(["replayed as a CUDA graph", "launched, ms", "replayed, ms", "x peers' replays"], lines)
+
+
 def not_measured_table(results: Row) -> str:
     """Peers that could not run, and why, a line for all the cases of which a peer said the same."""
     said: dict[tuple[str, str, str], int] = {}
@@ -192,4 +232,11 @@ def not_measured_table(results: Row) -> str:
     return table(["not measured", "peer", "cases", "why"], lines)
 
 
-TABLES = {"norm": norm_table, "attention": attention_table, "loss": loss_table, "step": step_table}  # beside moe's
+TABLES = {  # beside moe's
+    "norm": norm_table,
+    "attention": attention_table,
+    "linear": linear_table,
+    "loss": loss_table,
+    "step": step_table,
+}
+CARD_TABLES = TABLES | {"grouped_mm": grouped_mm_table}  # there are rows of a card alone

@@ -15,7 +15,7 @@ import sail_ops
 
 from .attention import Pack, causal_attention
 from .config import is_moe_layer
-from .layers import RMSNorm, residual_linear, residual_scale
+from .layers import Linear, RMSNorm, residual_linear, residual_scale
 
 Statistics = tuple[Tensor, Tensor]  # counts_E, prob_sum_E
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, L, A/2]
@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class Decoder(nn.Module):
@@ -109,9 +109,9 @@ class Attention(nn.Module):
         q_width, kv_width = (
             heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_width, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = residual_linear(q_width, config.hidden_size, config.num_hidden_layers)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -140,8 +140,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = residual_linear(config.intermediate_size, config.hidden_size, config.num_hidden_layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class SparseMoe(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.top_k, self.renormalize = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
     def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,12 +32,19 @@ class LayerNorm(nn.LayerNorm):
         return sail_ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def residual_linear(in_features: int, out_features: int, num_layers: int) -> nn.Linear:
+class Linear(nn.Linear):
+    """y = x @ weight^T + bias through `sail_ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sail_ops.linear(x, self.weight, self.bias)
+
+
+def residual_linear(in_features: int, out_features: int, num_layers: int) -> Linear:
     """A Linear that writes to the residual stream of `num_layers` layers, each adding twice.
 
     Its fresh weights are smaller by sqrt(2 * num_layers), so that the stream does not grow with depth (GPT-2).
     """
-    linear = nn.Linear(in_features, out_features, bias=False)
+    linear = Linear(in_features, out_features, bias=False)
     linear.init_scale = residual_scale(num_layers)  # type: ignore[assignment]
     return linear
 

@@ -6,7 +6,7 @@ Source: SAIL-VL2 report section 2.1; the shuffle is InternVL's (arXiv 2404.16821
 from torch import Tensor, nn
 
 from .config import SailVL2Config
-from .layers import LayerNorm
+from .layers import LayerNorm, Linear
 
 
 def pixel_shuffle(x_NHWC: Tensor, factor: int) -> Tensor:
@@ -25,7 +25,7 @@ class Projector(nn.Sequential):
     def __init__(self, config: SailVL2Config) -> None:
         width = config.vision_config.hidden_size * config.shuffle_factor**2
         hidden = config.text_config.hidden_size
-        super().__init__(LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        super().__init__(LayerNorm(width), Linear(width, hidden), nn.GELU(), Linear(hidden, hidden))
         self.grid_size, self.factor = config.vision_config.grid_size, config.shuffle_factor
 
     def forward(self, features_NPC: Tensor) -> Tensor:

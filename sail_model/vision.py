@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import sail_ops
 
 from .config import SailViTConfig
-from .layers import RMSNorm, residual_linear
+from .layers import Linear, RMSNorm, residual_linear
 
 
 class SailViT(nn.Module):
@@ -90,7 +90,7 @@ class Attention(nn.Module):
     def __init__(self, config: SailViTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.proj = residual_linear(config.hidden_size, config.hidden_size, config.num_hidden_layers)
 
     def forward(self, x_NPC: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: SailViTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.fc2 = residual_linear(config.intermediate_size, config.hidden_size, config.num_hidden_layers)
-        self.fc3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc3 = Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(sail_ops.swiglu(self.fc1(x), self.fc3(x)))

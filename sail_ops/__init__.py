@@ -4,6 +4,7 @@ from ._backends import supports
 from ._library import empty_cache
 from .activation import swiglu
 from .attention import attention, attention_varlen
+from .linear import linear
 from .loss import linear_cross_entropy
 from .moe import fused_experts, grouped_experts, grouped_mm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -22,6 +23,7 @@ __all__ = [
     "grouped_experts",
     "grouped_mm",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "load_balancing_loss",
     "qk_norm_rope",

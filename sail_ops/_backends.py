@@ -18,6 +18,7 @@ from . import _flash_attn, _library, _triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEYS = {"cpu": "CPU", "cuda": "CUDA", "npu": "PrivateUse1"}  # torch's dispatch keys, by type of device
 ATTENTION = ("attention", "attention_varlen")
+LINEAR = ("linear", "linear_backward")
 # of the CUDA library's: what multiplies on tensor cores, and what walks rows by one stride
 _HALF_ONLY = ("fused_experts", "grouped_experts", "grouped_mm", *ATTENTION)
 _EVEN_ROWS = ("add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm", "swiglu")
@@ -25,8 +26,8 @@ _MOST_HEAD_DIM = {"cpu": 256, "cuda": 128, "flash_attn": 256}
 
 
 class Support(NamedTuple):
-    """True where a call runs; backend: cpu, cuda, triton, flash_attn or npu, "" for none; why it is this one, or why
-    the call raises."""
+    """True where a call runs; backend: cpu, cuda, triton, flash_attn, npu or torch, "" for none; why it is this one, or
+    why the call raises."""
 
     supported: bool
     backend: str
@@ -45,7 +46,7 @@ def supports(
     even_rows: bool = True,
     backend: str | None = None,
 ) -> Support:
-    """Whether torch.ops.sail_ops.<op> takes tensors of this dtype on this device, which backend serves it, and why.
+    """Whether sail_ops.<op> takes tensors of this dtype on this device, which backend serves it, and why.
 
     head_dim: of attention's queries. even_rows: whether all rows lie at one distance (contiguous tensors, x[:, :D]).
     backend: the limits of this one, installed or not, in place of the one that serves the operator here.
@@ -69,6 +70,8 @@ def serving(op: str, device: torch.device | str, dtype: torch.dtype = torch.bflo
         if not _triton.installed():
             return Support(False, "", f"{TRITON[op]}, and Triton is not installed")
         return Support(True, "triton", TRITON[op])
+    if op in LINEAR and (kind != "cpu" or _library.torch_multiplies(dtype)):
+        return Support(True, "torch", "sail_ops.linear is F.linear here" + ", but for few rows" * (kind == "cpu"))
     if not has_kernel(op, KEYS[kind]):
         return Support(False, "", f"no kernel of {op} for {kind}")
     return Support(True, kind, cpu_isa() if kind == "cpu" else "compiled")
@@ -96,7 +99,7 @@ def _refusal(backend: str, op: str, dtype: torch.dtype, head_dim: int | None, ev
     family = op.removesuffix("_backward")
     if backend == "triton" and op not in _triton.OPERATORS:
         return f"Triton has no kernel of {op}"
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and backend != "torch":
         return "expected float32, bfloat16 or float16"
     if dtype == torch.float32 and (backend == "flash_attn" or backend == "cuda" and family in _HALF_ONLY):
         return "got float32, expected bfloat16 or float16 on a CUDA device"

@@ -24,7 +24,8 @@ def _load(path: Path, **functions: type) -> ctypes.CDLL:
 if not CPU_LIBRARY.exists():
     raise ImportError(f"sail_ops is not built: {CPU_LIBRARY} is missing; run `pip install -e .` in the source folder")
 _text = ctypes.c_char_p
-_cpu = _load(CPU_LIBRARY, sail_cpu_isa=_text, sail_cpu_isas=_text, sail_cpu_set_isa=_text)
+_names = ("isa", "isas", "set_isa", "torch_products")
+_cpu = _load(CPU_LIBRARY, **{f"sail_cpu_{name}": _text for name in _names})
 _cpu.sail_cpu_set_isa.argtypes = [_text]
 
 HAS_CUDA = bool(torch.version.cuda) and CUDA_LIBRARY.exists()
@@ -57,6 +58,12 @@ def cpu_isa() -> str:
 def cpu_isas() -> tuple[str, ...]:
     """Those that this library contains and this machine has, weakest first."""
     return tuple(_answer(_cpu.sail_cpu_isas()).split(", "))
+
+
+@torch.compiler.assume_constant_result
+def torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's dense products of this dtype are at least as fast as ours on this CPU; a constant in a graph."""
+    return str(dtype).removeprefix("torch.") in _answer(_cpu.sail_cpu_torch_products()).split(", ")
 
 
 def set_cpu_isa(name: str | None) -> None:

@@ -135,6 +135,11 @@ def attention_varlen(
     return (torch.cat(outs), torch.cat(lses, -1)) if return_lse else torch.cat(outs)
 
 
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """y = x @ weight^T + bias."""
+    return F.linear(x, weight_NK, bias_N)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     lm_head: Tensor,

@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one's waiting threads would spin on another's core
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch
@@ -62,7 +66,10 @@ def device() -> Iterator[None]:
         torch.compiler.reset()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # files with slow tests first: the last one would leave the other processes idle
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if DEVICE != "cpu" and item.get_closest_marker("cpu_only"):
             item.add_marker(pytest.mark.skip("of the CPU's implementation alone"))

@@ -35,4 +35,5 @@ if [ $# -eq 0 ]; then  # the tests named like a host file
     [ ! -e "$test" ] || set -- "$@" "$test"
   done
 fi
-LD_PRELOAD=$preload "$venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys "$@"  # sys: a report ends the process
+workers=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)  # as in the Makefile
+LD_PRELOAD=$preload "$venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys "${workers[@]}" "$@"  # sys: a report ends the process

@@ -25,19 +25,19 @@ Attention check_tensors(const Check& c, const Tensor& q, const Tensor& k, const 
   c.that(D >= 1 && D <= kMaxHeadDim, "q", "a head dim of " + std::to_string(D), "1 to " + std::to_string(kMaxHeadDim));
   check_attention_shapes(c, q, k, v, scale);
   const int64_t bytes = element_size(dtype);
-  return {dtype,
-          bytes,
-          q.size(-2),
-          k.size(-2),
-          D,
-          causal,
-          static_cast<float>(scale),
-          heads_of(q, bytes),
-          heads_of(k, bytes),
-          heads_of(v, bytes),
-          0,
-          0,
-          {}};
+  return {.dtype = dtype,
+          .bytes = bytes,
+          .H = q.size(-2),
+          .G = k.size(-2),
+          .D = D,
+          .causal = causal,
+          .scale = static_cast<float>(scale),
+          .q = heads_of(q, bytes),
+          .k = heads_of(k, bytes),
+          .v = heads_of(v, bytes),
+          .lse_batch = 0,
+          .lse_head = 0,
+          .sequences = {}};
 }
 }  // namespace
 
@@ -129,18 +129,48 @@ void forward_chunk(const Attention& a, const Chunks& c, int64_t chunk, char* scr
     visible[m] = a.limit(s, i) - n0;
   });
   const char *k = a.k.row(s.batch, s.k0 + n0, c.block.g), *v = a.v.row(s.batch, s.k0 + n0, c.block.g);
-  gemm_kernels().dot_gemm[a.index()]({q, k, a.k.token / a.bytes, M, N, a.D, scores, N, false, nullptr});
-  attention_kernels().softmax[a.index()]({scores, M, N, visible, a.scale, p, c.max(chunk, a.D), c.total(chunk, a.D)});
-  gemm_kernels().outer_gemm[a.index()](
-      {p_rows, v, a.v.token / a.bytes, M, a.D, N, c.o(chunk, a.D), a.D, false, scratch + kFewRows * kChunk * 8});
+  gemm_kernels().dot_gemm[a.index()]({.a_rows = q,
+                                      .b = k,
+                                      .ldb = a.k.token / a.bytes,
+                                      .M = M,
+                                      .N = N,
+                                      .K = a.D,
+                                      .c = scores,
+                                      .ldc = N,
+                                      .accumulate = false,
+                                      .scratch = nullptr});
+  attention_kernels().softmax[a.index()]({.s = scores,
+                                          .M = M,
+                                          .N = N,
+                                          .visible = visible,
+                                          .scale = a.scale,
+                                          .p = p,
+                                          .max = c.max(chunk, a.D),
+                                          .total = c.total(chunk, a.D)});
+  gemm_kernels().outer_gemm[a.index()]({.a_rows = p_rows,
+                                        .b = v,
+                                        .ldb = a.v.token / a.bytes,
+                                        .M = M,
+                                        .N = a.D,
+                                        .K = N,
+                                        .c = c.o(chunk, a.D),
+                                        .ldc = a.D,
+                                        .accumulate = false,
+                                        .scratch = scratch + kFewRows * kChunk * 8});
 }
 
 void combine_chunks(const Attention& a, const Chunks& c, const Output& out) {
   const Sequence& s = a.sequences[c.block.sequence];
   c.block.for_rows([&](int64_t m, int64_t i, int64_t h) {
-    attention_kernels().combine[a.index()]({c.o(0, a.D) + m * a.D, c.max(0, a.D) + m, c.total(0, a.D) + m, c.count,
-                                            c.step(a.D), c.step(a.D), a.D, out.heads.row(s.batch, s.q0 + i, h),
-                                            out.lse + a.lse_at(s, i, h)});
+    attention_kernels().combine[a.index()]({.o = c.o(0, a.D) + m * a.D,
+                                            .max = c.max(0, a.D) + m,
+                                            .total = c.total(0, a.D) + m,
+                                            .parts = c.count,
+                                            .o_step = c.step(a.D),
+                                            .step = c.step(a.D),
+                                            .D = a.D,
+                                            .out = out.heads.row(s.batch, s.q0 + i, h),
+                                            .lse = out.lse + a.lse_at(s, i, h)});
   });
 }
 
@@ -158,8 +188,16 @@ void forward_block(const Attention& a, const PackedKeys& keys, const RowBlock& b
     lse[m] = out.lse + a.lse_at(s, i, h);
     limit[m] = a.limit(s, i);
   });
-  attention_kernels().forward[a.index()]({q, o, lse, limit, block.rows(), a.D, keys.at(0, block.sequence, block.g),
-                                          keys.at(1, block.sequence, block.g), a.scale, scratch});
+  attention_kernels().forward[a.index()]({.q = q,
+                                          .out = o,
+                                          .lse = lse,
+                                          .limit = limit,
+                                          .M = block.rows(),
+                                          .D = a.D,
+                                          .k_transposed = keys.at(0, block.sequence, block.g),
+                                          .v_rows = keys.at(1, block.sequence, block.g),
+                                          .scale = a.scale,
+                                          .scratch = scratch});
 }
 
 struct ForwardTask {

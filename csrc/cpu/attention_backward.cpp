@@ -54,9 +54,22 @@ void backward_block(const Attention& a, const PackedKeys& keys, const RowBlock& 
     dout_out[m] = expert_kernels().row_dot[a.index()](dout[m], g.out.row(s.batch, t, h), a.D);
     limit[m] = a.limit(s, i);
   });
-  attention_kernels().backward[a.index()]({q, dout, dq, lse, dlse, dout_out, limit, block.rows(), a.D,
-                                           keys.at(0, block.sequence, block.g), keys.at(1, block.sequence, block.g),
-                                           keys.at(2, block.sequence, block.g), dk, dv, a.scale, scratch});
+  attention_kernels().backward[a.index()]({.q = q,
+                                           .dout = dout,
+                                           .dq = dq,
+                                           .lse = lse,
+                                           .dlse = dlse,
+                                           .dout_out = dout_out,
+                                           .limit = limit,
+                                           .M = block.rows(),
+                                           .D = a.D,
+                                           .k_transposed = keys.at(0, block.sequence, block.g),
+                                           .v_transposed = keys.at(1, block.sequence, block.g),
+                                           .k_rows = keys.at(2, block.sequence, block.g),
+                                           .dk = dk,
+                                           .dv = dv,
+                                           .scale = a.scale,
+                                           .scratch = scratch});
 }
 
 // dk and dv of keys n0 .. n1: the sum over `parts` of them, rounded once

@@ -43,10 +43,25 @@ void multiply(const Problem& p, const char* a, int64_t a_row_bytes, int64_t dept
               for (int64_t m = 0; m < M; m++) rows[m] = a + (t.m0 + m) * a_row_bytes;
               float* c = reinterpret_cast<float*>(scratch);
               const char* b = p.weight(t.e) + t.n0 * (dot ? p.ldw : 1) * p.bytes;
-              const GemmBlock g{rows, b, p.ldw, M, n, depth, c, n, false, scratch + kOuterRows * kColumns * 4};
+              const GemmBlock g{.a_rows = rows,
+                                .b = b,
+                                .ldb = p.ldw,
+                                .M = M,
+                                .N = n,
+                                .K = depth,
+                                .c = c,
+                                .ldc = n,
+                                .accumulate = false,
+                                .scratch = scratch + kOuterRows * kColumns * 4};
               dot ? gemm_kernels().dot_gemm[dt](g) : gemm_kernels().outer_gemm[dt](g);
-              expert_kernels().store_rows[dt](
-                  {c, n, M, n, nullptr, nullptr, out + (t.m0 * columns + t.n0) * p.bytes, columns});
+              expert_kernels().store_rows[dt]({.c = c,
+                                               .ldc = n,
+                                               .M = M,
+                                               .n = n,
+                                               .bias = nullptr,
+                                               .weight = nullptr,
+                                               .out = out + (t.m0 * columns + t.n0) * p.bytes,
+                                               .ldo = columns});
             });
   std::fill(out + p.offsets[p.E] * columns * p.bytes, out + p.R * columns * p.bytes, 0);  // tail rows
 }

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "product.h"
+
 namespace sail::cpu {
 namespace {
 constexpr int kCount = static_cast<int>(Isa::count);
@@ -86,6 +88,17 @@ SAIL_EXPORT const char* sail_cpu_isa() {
   return sail::cpu::text_or_error([] { return std::string(sail::cpu::isa_name(sail::cpu::active_isa())); });
 }
 SAIL_EXPORT const char* sail_cpu_isas() { return sail::cpu::text_or_error(sail::cpu::supported_names); }
+
+// The dtypes whose dense products are torch's (product.h).
+SAIL_EXPORT const char* sail_cpu_torch_products() {
+  return sail::cpu::text_or_error([] {
+    std::string names;
+    for (const auto& [dtype, name] :
+         {std::pair{sail::DType::f32, "float32"}, {sail::DType::bf16, "bfloat16"}, {sail::DType::f16, "float16"}})
+      if (sail::cpu::torch_multiplies(dtype)) names += (names.empty() ? "" : ", ") + std::string(name);
+    return names;
+  });
+}
 
 // For tests: overrides the choice in the whole process; a null name takes the override away.
 SAIL_EXPORT const char* sail_cpu_set_isa(const char* name) {

@@ -37,7 +37,16 @@ struct Head {
 Head check_head(const Check& c, const Tensor& hidden, const Tensor& lm_head, const Tensor& labels, int64_t ignore_index,
                 double z_loss) {
   const LossSizes s = check_loss(c, hidden, lm_head, labels, z_loss);
-  Head h{hidden, lm_head, {}, {}, s.dtype, s.T, s.D, s.V, s.D * element_size(s.dtype), z_loss};
+  Head h{.hidden = hidden,
+         .lm_head = lm_head,
+         .tokens = {},
+         .labels = {},
+         .dtype = s.dtype,
+         .T = s.T,
+         .D = s.D,
+         .V = s.V,
+         .row_bytes = s.D * element_size(s.dtype),
+         .z_loss = z_loss};
   const bool wide = c.is_int64("labels", labels);
   for (int64_t t = 0; t < h.T; t++) {
     const int64_t at = t * labels.stride(0);
@@ -60,20 +69,21 @@ struct Products {
   const Head& h;
   const bool torch = torch_multiplies(h.dtype) || h.lm_head.stride(1) != 1;  // ours take rows
 
+  Matrix head() const { return {h.lm_head.data(), h.lm_head.stride(0)}; }
   // logits[V, n] = lm_head . x^T
   void logits(const Tensor& out, const Tensor& x, int64_t n) const {
     if (torch) return mm(out.view({h.V, n}, {n, 1}), h.lm_head, x.view({h.D, n}, {1, h.D}));
-    product_nt(h.dtype, h.lm_head.data(), h.lm_head.stride(0), x.data(), h.V, n, h.D, out.data());
+    product_nt(h.dtype, head(), {x.data(), h.D}, nullptr, h.V, n, h.D, out.data());
   }
   // dlm_head[V, D] (+)= g . x
   void dlm_head(const Tensor& out, const Tensor& g, const Tensor& x, int64_t n, bool accumulate) const {
     if (torch) return mm(out, g.view({h.V, n}, {n, 1}), x.view({n, h.D}, {h.D, 1}), accumulate);
-    product_nn(h.dtype, g.data(), x.data(), h.V, h.D, n, out.data(), accumulate);
+    product_nn(h.dtype, {g.data(), n}, {x.data(), h.D}, h.V, h.D, n, out.data(), accumulate);
   }
   // dx[n, D] = g^T . lm_head
   void dx(const Tensor& out, const Tensor& g, int64_t n) const {
     if (torch) return mm(out.view({n, h.D}, {h.D, 1}), g.view({n, h.V}, {1, n}), h.lm_head);
-    product_tn(h.dtype, g.data(), h.lm_head.data(), h.lm_head.stride(0), n, h.D, h.V, out.data());
+    product_tn(h.dtype, {g.data(), n}, head(), n, h.D, h.V, out.data());
   }
 };
 

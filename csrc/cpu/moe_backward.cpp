@@ -48,7 +48,16 @@ void Pass::activations(const Task& t, char* scratch) const {
   const void* dy_rows[kOuterRows];
   for (int64_t m = 0; m < M; m++) dy_rows[m] = dy_row(t.m0 + m);
   const char* down = l.down + (t.e * l.D * l.F + t.n0) * l.bytes;
-  gemm_kernels().outer_gemm[dt]({dy_rows, down, l.F, M, n, l.D, da, n, false, outer});
+  gemm_kernels().outer_gemm[dt]({.a_rows = dy_rows,
+                                 .b = down,
+                                 .ldb = l.F,
+                                 .M = M,
+                                 .N = n,
+                                 .K = l.D,
+                                 .c = da,
+                                 .ldc = n,
+                                 .accumulate = false,
+                                 .scratch = outer});
 
   const char* h_rows = h ? h + t.m0 * 2 * l.F * l.bytes : nullptr;
   if (!h) {
@@ -61,10 +70,22 @@ void Pass::activations(const Task& t, char* scratch) const {
   }
   float* dots = const_cast<float*>(dot.data()) + t.n0 / kBlockColumns * rows.count() + t.m0;
   const int64_t at = t.n0 * l.bytes;
-  expert_kernels().gated_backward[dt]({da, n, M, n, h_rows + at, h_rows + l.F * l.bytes + at, 2 * l.F,
-                                       static_cast<Activation>(l.activation), l.clamp, rows.weight.data() + t.m0,
-                                       dh_row(t.m0, 0) + at, dh_row(t.m0, 1) + at, 2 * l.F,
-                                       a_weighted.get() + (t.m0 * l.F + t.n0) * l.bytes, l.F, dots});
+  expert_kernels().gated_backward[dt]({.da = da,
+                                       .ld = n,
+                                       .M = M,
+                                       .n = n,
+                                       .h_gate = h_rows + at,
+                                       .h_up = h_rows + l.F * l.bytes + at,
+                                       .ldh = 2 * l.F,
+                                       .activation = static_cast<Activation>(l.activation),
+                                       .clamp = l.clamp,
+                                       .weight = rows.weight.data() + t.m0,
+                                       .dh_gate = dh_row(t.m0, 0) + at,
+                                       .dh_up = dh_row(t.m0, 1) + at,
+                                       .lddh = 2 * l.F,
+                                       .a_weighted = a_weighted.get() + (t.m0 * l.F + t.n0) * l.bytes,
+                                       .lda = l.F,
+                                       .dot = dots});
 }
 
 void Pass::dx(const Task& t, char* scratch) const {
@@ -74,10 +95,25 @@ void Pass::dx(const Task& t, char* scratch) const {
     const void* dh_rows[kOuterRows];
     for (int64_t m = 0; m < M; m++) dh_rows[m] = dh_row(t.m0 + m, which);
     const char* weight = l.gate_up.half(which, t.e) + t.n0 * l.bytes;
-    gemm_kernels().outer_gemm[dt](
-        {dh_rows, weight, l.D, M, n, l.F, c, n, which == 1, scratch + kOuterRows * kBlockColumns * 4});
+    gemm_kernels().outer_gemm[dt]({.a_rows = dh_rows,
+                                   .b = weight,
+                                   .ldb = l.D,
+                                   .M = M,
+                                   .N = n,
+                                   .K = l.F,
+                                   .c = c,
+                                   .ldc = n,
+                                   .accumulate = which == 1,
+                                   .scratch = scratch + kOuterRows * kBlockColumns * 4});
   }
-  expert_kernels().store_rows[dt]({c, n, M, n, nullptr, nullptr, dx_rows + (t.m0 * l.D + t.n0) * l.bytes, l.D});
+  expert_kernels().store_rows[dt]({.c = c,
+                                   .ldc = n,
+                                   .M = M,
+                                   .n = n,
+                                   .bias = nullptr,
+                                   .weight = nullptr,
+                                   .out = dx_rows + (t.m0 * l.D + t.n0) * l.bytes,
+                                   .ldo = l.D});
 }
 
 // dgate, dup: O[F, D] = dH^T . X;  ddown: O[D, F] = dY^T . (weight * A). m0 .. m1 are rows of O.

@@ -36,10 +36,26 @@ void down_projection(const Layer& l, const RoutedRows& rows, const char* a, bool
     for (int64_t m = 0; m < M; m++) a_rows[m] = a + (t.m0 + m) * l.F * l.bytes;
     float* c = reinterpret_cast<float*>(scratch);
     const char* weight = l.down + (t.e * l.D + t.n0) * l.F * l.bytes;
-    gemm_kernels().dot_gemm[dt]({a_rows, weight, l.F, M, n, l.F, c, n, false, nullptr});
+    gemm_kernels().dot_gemm[dt]({.a_rows = a_rows,
+                                 .b = weight,
+                                 .ldb = l.F,
+                                 .M = M,
+                                 .N = n,
+                                 .K = l.F,
+                                 .c = c,
+                                 .ldc = n,
+                                 .accumulate = false,
+                                 .scratch = nullptr});
     const char* bias = l.down_bias ? l.down_bias + (t.e * l.D + t.n0) * l.bytes : nullptr;
     const float* row_weight = weighted ? rows.weight.data() + t.m0 : nullptr;
-    expert_kernels().store_rows[dt]({c, n, M, n, bias, row_weight, y + (t.m0 * l.D + t.n0) * l.bytes, l.D});
+    expert_kernels().store_rows[dt]({.c = c,
+                                     .ldc = n,
+                                     .M = M,
+                                     .n = n,
+                                     .bias = bias,
+                                     .weight = row_weight,
+                                     .out = y + (t.m0 * l.D + t.n0) * l.bytes,
+                                     .ldo = l.D});
   });
 }
 
@@ -60,13 +76,34 @@ void up_block(const Layer& l, const RoutedRows& rows, const Task& t, float* scra
   const char* bias[2] = {l.bias(0, t.e), l.bias(1, t.e)};
   for (int which = 0; which < 2; which++) {
     const char* weight = l.gate_up.half(which, t.e) + t.n0 * l.D * l.bytes;
-    gemm_kernels().dot_gemm[dt]({x_rows, weight, l.D, M, n, l.D, c[which], n, false, nullptr});
+    gemm_kernels().dot_gemm[dt]({.a_rows = x_rows,
+                                 .b = weight,
+                                 .ldb = l.D,
+                                 .M = M,
+                                 .N = n,
+                                 .K = l.D,
+                                 .c = c[which],
+                                 .ldc = n,
+                                 .accumulate = false,
+                                 .scratch = nullptr});
     if (bias[which]) bias[which] += t.n0 * l.bytes;
   }
   char* h_gate = h ? h + t.n0 * l.bytes : nullptr;
   char* h_up = h ? h + (l.F + t.n0) * l.bytes : nullptr;
-  expert_kernels().gated_forward[dt]({c[0], c[1], n, M, n, bias[0], bias[1], static_cast<Activation>(l.activation),
-                                      l.clamp, h_gate, h_up, 2 * l.F, a, l.F});
+  expert_kernels().gated_forward[dt]({.gate = c[0],
+                                      .up = c[1],
+                                      .ld = n,
+                                      .M = M,
+                                      .n = n,
+                                      .gate_bias = bias[0],
+                                      .up_bias = bias[1],
+                                      .activation = static_cast<Activation>(l.activation),
+                                      .clamp = l.clamp,
+                                      .h_gate = h_gate,
+                                      .h_up = h_up,
+                                      .ldh = 2 * l.F,
+                                      .a = a,
+                                      .lda = l.F});
 }
 
 void combine_tokens(const Layer& l, const RoutedRows& rows, const char* per_row, bool weighted, char* out) {

@@ -68,8 +68,17 @@ void wgrad_block(DType dtype, bool fp32, int64_t R, A&& a_row, B&& b_row, int64_
   const void** b_rows = a_rows + R;
   for (int64_t r = 0; r < R; r++) a_rows[r] = a_row(r), b_rows[r] = b_row(r);
   const auto& table = fp32 ? gemm_kernels().wgrad_gemm_f32 : gemm_kernels().wgrad_gemm;
-  table[static_cast<int>(dtype)](
-      {a_rows, b_rows, R, m0, M, N, out, N, mode, scratch + row_table_bytes(R), packed_bytes(R, M, N)});
+  table[static_cast<int>(dtype)]({.a_rows = a_rows,
+                                  .b_rows = b_rows,
+                                  .R = R,
+                                  .m0 = m0,
+                                  .M = M,
+                                  .N = N,
+                                  .out = out,
+                                  .ldo = N,
+                                  .mode = mode,
+                                  .scratch = scratch + row_table_bytes(R),
+                                  .scratch_bytes = packed_bytes(R, M, N)});
 }
 
 // int32 cumulative ends [E] as offsets [E + 1]

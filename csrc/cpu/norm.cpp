@@ -33,8 +33,14 @@ std::pair<Tensor, OptTensor> forward(const Check& c, NormKernel kernels, const T
   const auto kernel = kernels[static_cast<int>(dtype)];
 #pragma omp parallel for num_threads(threads(x.numel()))
   for (int64_t r = 0; r < in.count(); r++)
-    kernel({in[r], in2 ? (*in2)[r] : nullptr, weight.data(), bias ? bias->data() : nullptr, out[r],
-            out2 ? (*out2)[r] : nullptr, in.width(), static_cast<float>(eps)});
+    kernel({.x = in[r],
+            .residual = in2 ? (*in2)[r] : nullptr,
+            .weight = weight.data(),
+            .bias = bias ? bias->data() : nullptr,
+            .y = out[r],
+            .sum = out2 ? (*out2)[r] : nullptr,
+            .D = in.width(),
+            .eps = static_cast<float>(eps)});
   return {std::move(y), std::move(sum)};
 }
 

@@ -1,5 +1,7 @@
 #include "product.h"
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "kernels/experts.h"
@@ -11,27 +13,43 @@ namespace sail::cpu {
 namespace {
 constexpr int64_t kColumns = 512;  // of fp32 results a task keeps in the second-level cache
 constexpr int64_t kNarrow = 256;   // the same of product_tn, whose sums stay there over all of K
+constexpr int64_t kFewest = 64;    // columns of a task: what a few rows' weights are read in
 constexpr int64_t kDepth = 512;    // rows of a sum over K that product_tn packs at a time
 
 struct Block {
   int64_t m0, m1, n0, n1;
 };
 
-std::vector<Block> blocks(int64_t M, int64_t N, int64_t rows, int64_t columns) {
+// Blocks of [M, N], at least two a thread where N allows: a few rows are all columns' work.
+std::vector<Block> blocks(int64_t M, int64_t N, int64_t columns) {
+  const int64_t row_blocks = (M + kOuterRows - 1) / kOuterRows, wanted = 2 * num_threads();
+  if (row_blocks < wanted) {
+    const int64_t each = (N * row_blocks + wanted - 1) / wanted;
+    columns = std::clamp<int64_t>((each + kFewest - 1) / kFewest * kFewest, kFewest, columns);
+  }
   std::vector<Block> found;
-  for_pieces(0, M, rows, [&](int64_t m0, int64_t m1) {
-    for_pieces(0, N, columns, [&](int64_t n0, int64_t n1) { found.push_back({m0, m1, n0, n1}); });
+  for_pieces(0, M, kOuterRows, [&](int64_t m0, int64_t m1) {
+    for (int64_t n0 = 0; n0 < N; n0 += columns) found.push_back({m0, m1, n0, std::min(N, n0 + columns)});
   });
   return found;
 }
 
-const char* at(const void* p, DType dtype, int64_t i) { return static_cast<const char*>(p) + i * element_size(dtype); }
+const char* at(DType dtype, const void* p, int64_t i) { return static_cast<const char*>(p) + i * element_size(dtype); }
+const char* at(DType dtype, Matrix m, int64_t row, int64_t column) {
+  return at(dtype, m.data, row * m.stride + column);
+}
+
+// rows[i] = row r0 + i of m, from `column` on
+void point(DType dtype, Matrix m, int64_t r0, int64_t r1, int64_t column, const void** rows) {
+  for (int64_t r = r0; r < r1; r++) rows[r - r0] = at(dtype, m, r, column);
+}
 
 // out[M, n] of one task, from `products` of fp32 rows n apart
-void store(DType dtype, const float* products, const Block& t, void* out, int64_t N) {
+void store(DType dtype, const float* products, const void* bias, const Block& t, void* out, int64_t N) {
   const int64_t n = t.n1 - t.n0;
+  const void* b = bias ? at(dtype, bias, t.n0) : nullptr;
   expert_kernels().store_rows[static_cast<int>(dtype)](
-      {products, n, t.m1 - t.m0, n, nullptr, nullptr, const_cast<char*>(at(out, dtype, t.m0 * N + t.n0)), N});
+      {products, n, t.m1 - t.m0, n, b, nullptr, const_cast<char*>(at(dtype, out, t.m0 * N + t.n0)), N});
 }
 }  // namespace
 
@@ -42,59 +60,80 @@ bool torch_multiplies(DType dtype) {
   return dtype == DType::f32;
 }
 
-void product_nt(DType dtype, const void* a, int64_t a_stride, const void* b, int64_t M, int64_t N, int64_t K,
-                void* out) {
-  run_tasks(blocks(M, N, kOuterRows, kColumns), num_threads(), kOuterRows * kColumns * 4,
-            [&](const Block& t, char* scratch) {
-              const void* rows[kOuterRows];
-              for (int64_t m = t.m0; m < t.m1; m++) rows[m - t.m0] = at(a, dtype, m * a_stride);
-              float* c = reinterpret_cast<float*>(scratch);
-              const int64_t n = t.n1 - t.n0;
-              gemm_kernels().dot_gemm[static_cast<int>(dtype)](
-                  {rows, at(b, dtype, t.n0 * K), K, t.m1 - t.m0, n, K, c, n, false, nullptr});
-              store(dtype, c, t, out, N);
-            });
+void product_nt(DType dtype, Matrix a, Matrix b, const void* bias, int64_t M, int64_t N, int64_t K, void* out) {
+  run_tasks(blocks(M, N, kColumns), num_threads(), kOuterRows * kColumns * 4, [&](const Block& t, char* scratch) {
+    const void* rows[kOuterRows];
+    point(dtype, a, t.m0, t.m1, 0, rows);
+    float* c = reinterpret_cast<float*>(scratch);
+    const int64_t n = t.n1 - t.n0;
+    gemm_kernels().dot_gemm[static_cast<int>(dtype)]({.a_rows = rows,
+                                                      .b = at(dtype, b, t.n0, 0),
+                                                      .ldb = b.stride,
+                                                      .M = t.m1 - t.m0,
+                                                      .N = n,
+                                                      .K = K,
+                                                      .c = c,
+                                                      .ldc = n,
+                                                      .accumulate = false,
+                                                      .scratch = nullptr});
+    store(dtype, c, bias, t, out, N);
+  });
 }
 
-void product_nn(DType dtype, const void* a, const void* b, int64_t M, int64_t N, int64_t K, void* out,
-                bool accumulate) {
-  const auto store_rows = expert_kernels().store_rows[static_cast<int>(dtype)];
-  run_tasks(blocks(M, N, kOuterRows, kColumns), num_threads(), kOuterRows * kColumns * 4 + kOuterScratch,
-            [&](const Block& t, char* scratch) {
-              const void* rows[kOuterRows];
-              for (int64_t m = t.m0; m < t.m1; m++) rows[m - t.m0] = at(a, dtype, m * K);
-              float* c = reinterpret_cast<float*>(scratch);
-              const int64_t n = t.n1 - t.n0;
-              gemm_kernels().outer_gemm[static_cast<int>(dtype)](
-                  {rows, at(b, dtype, t.n0), N, t.m1 - t.m0, n, K, c, n, false, scratch + kOuterRows * kColumns * 4});
-              if (!accumulate) return store(dtype, c, t, out, N);
-              for (int64_t m = t.m0; m < t.m1; m++) {  // what is there is this row's bias
-                char* row = const_cast<char*>(at(out, dtype, m * N + t.n0));
-                store_rows({c + (m - t.m0) * n, n, 1, n, row, nullptr, row, N});
-              }
-            });
+void product_nn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K, void* out, bool accumulate) {
+  if (!K && !accumulate) std::memset(out, 0, M * N * element_size(dtype));
+  if (!K) return;
+  constexpr int64_t sums_bytes = kOuterRows * kColumns * 4;
+  run_tasks(blocks(M, N, kColumns), num_threads(), sums_bytes + kOuterScratch, [&](const Block& t, char* scratch) {
+    const void* rows[kOuterRows];
+    point(dtype, a, t.m0, t.m1, 0, rows);
+    float* c = reinterpret_cast<float*>(scratch);
+    const int64_t n = t.n1 - t.n0;
+    gemm_kernels().outer_gemm[static_cast<int>(dtype)]({.a_rows = rows,
+                                                        .b = at(dtype, b, 0, t.n0),
+                                                        .ldb = b.stride,
+                                                        .M = t.m1 - t.m0,
+                                                        .N = n,
+                                                        .K = K,
+                                                        .c = c,
+                                                        .ldc = n,
+                                                        .accumulate = false,
+                                                        .scratch = scratch + sums_bytes});
+    if (!accumulate) return store(dtype, c, nullptr, t, out, N);
+    for (int64_t m = t.m0; m < t.m1; m++)  // what is there is this row's bias
+      store(dtype, c + (m - t.m0) * n, at(dtype, out, m * N), {m, m + 1, t.n0, t.n1}, out, N);
+  });
 }
 
-void product_tn(DType dtype, const void* a, const void* b, int64_t b_stride, int64_t M, int64_t N, int64_t K,
-                void* out) {
+void product_tn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K, void* out) {
+  if (!K) std::memset(out, 0, M * N * element_size(dtype));
+  if (!K) return;
   constexpr int64_t table_bytes = 2 * kDepth * static_cast<int64_t>(sizeof(void*));
   constexpr int64_t sums_bytes = kOuterRows * kNarrow * 4;
   const int64_t packed_bytes = wgrad_scratch(kDepth, kOuterRows) + kDepth * (kOuterRows + kNarrow) * 4;
-  run_tasks(blocks(M, N, kOuterRows, kNarrow), num_threads(), table_bytes + sums_bytes + packed_bytes,
+  const auto gemm = gemm_kernels().wgrad_gemm_f32[static_cast<int>(dtype)];
+  run_tasks(blocks(M, N, kNarrow), num_threads(), table_bytes + sums_bytes + packed_bytes,
             [&](const Block& t, char* scratch) {
               const void** a_rows = reinterpret_cast<const void**>(scratch);
               const void** b_rows = a_rows + kDepth;
               float* sums = reinterpret_cast<float*>(scratch + table_bytes);
               const int64_t n = t.n1 - t.n0;
               for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
-                const int64_t k = std::min(kDepth, K - k0);
-                for (int64_t i = 0; i < k; i++)
-                  a_rows[i] = at(a, dtype, (k0 + i) * M), b_rows[i] = at(b, dtype, (k0 + i) * b_stride + t.n0);
-                gemm_kernels().wgrad_gemm_f32[static_cast<int>(dtype)](
-                    {a_rows, b_rows, k, t.m0, t.m1 - t.m0, n, sums, n, k0 ? Output::accumulate : Output::overwrite,
-                     scratch + table_bytes + sums_bytes, packed_bytes});
+                const int64_t k1 = std::min(k0 + kDepth, K);
+                point(dtype, a, k0, k1, 0, a_rows), point(dtype, b, k0, k1, t.n0, b_rows);
+                gemm({.a_rows = a_rows,
+                      .b_rows = b_rows,
+                      .R = k1 - k0,
+                      .m0 = t.m0,
+                      .M = t.m1 - t.m0,
+                      .N = n,
+                      .out = sums,
+                      .ldo = n,
+                      .mode = k0 ? Output::accumulate : Output::overwrite,
+                      .scratch = scratch + table_bytes + sums_bytes,
+                      .scratch_bytes = packed_bytes});
               }
-              store(dtype, sums, t, out, N);
+              store(dtype, sums, nullptr, t, out, N);
             });
 }
 }  // namespace sail::cpu

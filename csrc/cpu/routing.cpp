@@ -54,9 +54,18 @@ Routed route_topk(const Tensor& logits, int64_t K, bool renormalize, const OptTe
     const int me = omp_get_thread_num();
     for (int64_t t = b * kBlock; t < std::min(T, (b + 1) * kBlock); t++) {
       const bool counted = !mask_T || mask_T[t];
-      kernel({in[t], bias_E, ids.ptr<int64_t>() + t * K, weights.ptr<float>() + t * K,
-              counted ? &block_sums[b * E] : nullptr, counted ? &block_counts[b * E] : nullptr, &probs[me * padded],
-              &keys[me * 2 * padded], E, K, replay.has_value(), renormalize});
+      kernel({.logits = in[t],
+              .bias = bias_E,
+              .ids = ids.ptr<int64_t>() + t * K,
+              .weights = weights.ptr<float>() + t * K,
+              .prob_sum = counted ? &block_sums[b * E] : nullptr,
+              .counts = counted ? &block_counts[b * E] : nullptr,
+              .probs = &probs[me * padded],
+              .keys = &keys[me * 2 * padded],
+              .E = E,
+              .K = K,
+              .replay = replay.has_value(),
+              .renormalize = renormalize});
     }
   }
   for (int64_t e = 0; e < E; e++) {
@@ -91,9 +100,16 @@ Tensor route_topk_backward(const OptTensor& grad_weights, const OptTensor& grad_
 #pragma omp parallel for num_threads(n_threads)
   for (int64_t t = 0; t < T; t++) {
     float* mine = &scratch[omp_get_thread_num() * 2 * padded];
-    kernel({in[t], checked_ids.data() + t * K, dweights ? dweights + t * K : nullptr,
-            dsum && (!mask_T || mask_T[t]) ? padded_dsum.data() : nullptr, out[t], mine, mine + padded, E, K,
-            renormalize});
+    kernel({.logits = in[t],
+            .ids = checked_ids.data() + t * K,
+            .grad_weights = dweights ? dweights + t * K : nullptr,
+            .grad_prob_sum = dsum && (!mask_T || mask_T[t]) ? padded_dsum.data() : nullptr,
+            .dlogits = out[t],
+            .probs = mine,
+            .dprobs = mine + padded,
+            .E = E,
+            .K = K,
+            .renormalize = renormalize});
   }
   return dlogits;
 }

@@ -16,7 +16,7 @@ void launch_swiglu(const Check& c, DType dtype, SwiGLU a, const Tensor& gate, bo
       aligned(dtype == DType::f32 ? 4 : 2, {a.gate, a.up, a.grad, a.out, a.dgate, a.dup},
               {a.width, rows > 1 ? a.gate_stride : 0, rows > 1 ? a.up_stride : 0, rows > 1 ? a.grad_stride : 0});
   const DeviceGuard guard(gate.device_index());
-  const cudaStream_t stream = current_stream(c, gate);
+  const Stream stream = current_stream(c, gate);
   dispatch(dtype, vectors, [&](auto t, auto width) {
     using T = decltype(t);
     constexpr int N = decltype(width)::value;
@@ -24,9 +24,8 @@ void launch_swiglu(const Check& c, DType dtype, SwiGLU a, const Tensor& gate, bo
     a.per_row = (a.width + piece - 1) / piece;
     c.that(rows * a.per_row <= INT32_MAX, "gate", "shape " + shape_text(gate), "at most 2147483647 pieces of a row");
     const auto kernel = backward ? swiglu_backward_kernel<T, N> : swiglu_kernel<T, N>;
-    launch(kernel, static_cast<unsigned>(rows * a.per_row), kActivationThreads, 0, stream, a);
+    launch(kernel, rows * a.per_row, kActivationThreads, 0, stream, a);
   });
-  check_launch(c.op());
 }
 
 Tensor swiglu_cuda(const Tensor& gate, const Tensor& up) {

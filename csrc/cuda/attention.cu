@@ -42,8 +42,9 @@ Attention check_tensors(const Check& c, const Tensor& q, const Tensor& k, const 
          "a multiple of 8 up to " + std::to_string(kMostHeadDim) + " on a CUDA device");
   check_heads(c, "q", q, q), check_heads(c, "k", k, q), check_heads(c, "v", v, q);
   check_attention_shapes(c, q, k, v, scale);
-  Attention a = {heads_of(q), heads_of(k), heads_of(v), nullptr,    nullptr, 1,
-                 q.size(-3),  k.size(-3),  q.size(-2),  k.size(-2), D};
+  Attention a = {};
+  a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v);
+  a.B = 1, a.S = q.size(-3), a.L = k.size(-3), a.H = q.size(-2), a.G = k.size(-2), a.D = D;
   a.scale = static_cast<float>(scale), a.causal = causal;
   c.that(a.S < kMostTokens, "q", std::to_string(a.S) + " tokens", "fewer than 2^30");
   c.that(a.L < kMostTokens, "k", std::to_string(a.L) + " tokens", "fewer than 2^30");
@@ -63,10 +64,8 @@ const int32_t* checked_ends(const Check& c, const char* arg, const Tensor& cu, i
   if (!check_values()) return ends;
   std::vector<int32_t> values(cu.size(0));
   const DeviceGuard guard(cu.device_index());
-  const cudaStream_t stream = current_stream(c, cu);
-  cudaMemcpyAsync(values.data(), ends, values.size() * 4, cudaMemcpyDeviceToHost, stream);
-  cudaStreamSynchronize(stream);
-  check_launch(c.op());
+  const Stream stream = current_stream(c, cu);
+  copy_to_host(values.data(), ends, 4, cu.size(0), 4, stream);
   check_cu_values(c, arg, values.data(), cu.size(0), total, most);
   return ends;
 }
@@ -83,8 +82,11 @@ Attention check_attention_varlen(const Check& c, const Tensor& q, const Tensor& 
 }
 
 Launch launch_on(const Check& c, const Tensor& q, const Card& card) {
-  return {c.real("q", q) == DType::bf16 ? Element::bf16 : Element::f16, card.sm_count, card.shared_limit,
-          current_stream(c, q)};
+  Launch launch = {};
+  launch.dtype = c.real("q", q) == DType::bf16 ? Element::bf16 : Element::f16;
+  launch.sm_count = card.sm_count, launch.shared_limit = card.shared_limit;
+  launch.stream = current_stream(c, q).handle, launch.op = c.op();
+  return launch;
 }
 
 // Of both public forms; max_q, max_k: no sequence has more queries or keys.

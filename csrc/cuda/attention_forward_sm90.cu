@@ -1,5 +1,5 @@
 #include "kernels/attention_dispatch_sm90.cuh"
-#include "launch.h"
+#include "launcher.h"
 #include "tensor_map.h"
 
 namespace sail::cuda::sm90 {
@@ -9,12 +9,7 @@ struct Start {
   bool encode(const TensorBox& b, CUtensorMap* map) const { return cuda::encode(b, with.dtype, map); }
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, const Arguments& a) const {
-    if (blocks > INT32_MAX) throw std::runtime_error("sail_ops: attention: more blocks than a grid has");
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         shared_bytes);  // check_launch sees its error
-    cuda::launch(kernel, static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(with.stream),
-                 a);
-    check_launch("attention");
+    cuda::launch(kernel, blocks, threads, shared_bytes, stream_of(with), a);
   }
 };
 }  // namespace

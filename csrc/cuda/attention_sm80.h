@@ -1,7 +1,7 @@
 // How the attention kernels are launched on a card; attention_forward_sm80.cu and attention_backward_sm80.cu are apart
 // because they compile for minutes.
 #pragma once
-#include "launch.h"
+#include "launcher.h"
 
 #include "kernels/attention_dispatch_sm80.cuh"
 
@@ -10,12 +10,7 @@ struct StartAttention {
   const Launch& with;
   template <class Problem>
   void operator()(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, const Problem& a) const {
-    if (blocks > INT32_MAX) throw std::runtime_error("sail_ops: attention: more blocks than a grid has");
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         shared_bytes);  // check_launch sees its error
-    cuda::launch(kernel, static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(with.stream),
-                 a);
-    check_launch("attention");
+    launch(kernel, blocks, threads, shared_bytes, stream_of(with), a);
   }
 };
 

@@ -72,11 +72,11 @@ Card card_of(const Check& c, const Tensor& t) {
   return card;
 }
 
-cudaStream_t current_stream(const Check& c, const Tensor& t) {
+Stream current_stream(const Check& c, const Tensor& t) {
   card_of(c, t);
   void* stream;
   ok(aoti_torch_get_current_cuda_stream(t.device_index(), &stream), "current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
+  return {c.op(), static_cast<cudaStream_t>(stream)};
 }
 
 bool prefers_sm90(const Card& card) { return card.major == 9 && card.minor == 0 && kernels_wanted() != Kernels::sm80; }

@@ -12,15 +12,10 @@ void multiply(const Call& call, const MatrixProblem& p, const Tensor& w, const R
   const int64_t columns = transposed ? p.k : p.n, depth = transposed ? p.n : p.k;
   const bool along_depth = p.k_contiguous != transposed;
   const int64_t rows_of_b = along_depth ? columns : depth;
-  const RowsProblem problem = {a,
-                               {w.data(), nullptr, w.stride(0), p.ldw, rows_of_b},
-                               along_depth ? Layout::nk : Layout::kn,
-                               offsets,
-                               p.R,
-                               p.E,
-                               columns,
-                               depth,
-                               true};
+  RowsProblem problem = {};
+  problem.a = a, problem.b = {w.data(), nullptr, w.stride(0), p.ldw, rows_of_b};
+  problem.layout = along_depth ? Layout::nk : Layout::kn, problem.offsets = offsets, problem.zero_tail = true;
+  problem.R = p.R, problem.E = p.E, problem.N = columns, problem.K = depth;
   const StoreRows to = {out.data(), columns, nullptr, nullptr};
   if (prefers_cutlass(call.card) && cutlass_gemm->takes(problem, to)) {
     const Tensor memory = call.floats((cutlass_gemm->workspace(problem, call.launch(p.dtype)) + 3) / 4);
@@ -37,7 +32,6 @@ Tensor grouped_mm_cuda(const Tensor& x, const Tensor& w, const Tensor& offsets) 
   const Tensor starts = clamped_offsets(call, offsets, p.R, p.E);
   Tensor y = call.buffer(p.R, p.n);
   multiply(call, p, w, {x.data(), x.stride(0), nullptr}, false, starts.ptr<const int32_t>(), y);
-  check_launch(c.op());
   return y;
 }
 
@@ -59,17 +53,13 @@ std::tuple<Tensor, Tensor> grouped_mm_backward_cuda(const Tensor& dy, const Tens
   Tensor dw = need_w ? x.empty_strided(sizes, strides, x.dtype()) : x.empty({0}, x.dtype());
   if (need_w) {
     const int64_t M = p.k_contiguous ? p.n : p.k, N = p.k_contiguous ? p.k : p.n;
-    const WgradProblem problem = {p.k_contiguous ? dy_rows : x_rows,
-                                  p.k_contiguous ? x_rows : dy_rows,
-                                  starts.ptr<const int32_t>(),
-                                  p.R,
-                                  p.E,
-                                  M,
-                                  N};
+    WgradProblem problem = {};
+    problem.a = p.k_contiguous ? dy_rows : x_rows, problem.b = p.k_contiguous ? x_rows : dy_rows;
+    problem.offsets = starts.ptr<const int32_t>();
+    problem.R = p.R, problem.E = p.E, problem.M = M, problem.N = N;
     const StoreGrad out = {{dw.data(), nullptr, M * N, N, M}, false, false};
     grouped_gemm(call.card, problem, out, call.launch(p.dtype));
   }
-  check_launch(c.op());
   return {std::move(dx), std::move(dw)};
 }
 

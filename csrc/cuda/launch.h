@@ -1,22 +1,16 @@
-// What every CUDA host function needs around a launch.
+// What every CUDA host function needs around launcher.h: torch's stream, checks, dtype and alignment as types.
 #pragma once
-#include <cuda_runtime.h>
 #include <stdlib.h>
 
 #include "../torch/checks.h"
 #include "../torch/stable_abi_cuda.h"
 #include "kernels/elements.cuh"
+#include "launcher.h"
 
 namespace sail::cuda {
 // torch's stream on the tensor's card. Throws as card_of does where the library has no code for it: every operator comes
 // by here, so that none ends in CUDA's "no kernel image".
-cudaStream_t current_stream(const Check& c, const Tensor& t);
-
-// A launch that was refused (no device, too much shared memory, ...) throws; nothing here waits for the device.
-inline void check_launch(const char* op) {
-  const cudaError_t e = cudaGetLastError();
-  if (e != cudaSuccess) throw std::runtime_error("sail_ops." + std::string(op) + ": CUDA: " + cudaGetErrorString(e));
-}
+Stream current_stream(const Check& c, const Tensor& t);
 
 // SAIL_OPS_CHECK=1: values are checked too, which waits for the device.
 inline bool check_values() {
@@ -25,13 +19,6 @@ inline bool check_values() {
     return check && !strcmp(check, "1");
   }();
   return wanted;
-}
-
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const A&... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // check_launch sees its error
 }
 
 // 16 bytes a thread where every row of every tensor starts on 16 bytes

@@ -32,13 +32,10 @@ Tensor rows_of(const Tensor& t, int64_t first, int64_t n) {
 }
 Tensor transposed(const Tensor& t) { return t.view({t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
 
-void check_labels(const Check& c, const Tensor& labels, int64_t V, int64_t ignore_index, cudaStream_t stream) {
+void check_labels(const Check& c, const Tensor& labels, int64_t V, int64_t ignore_index, const Stream& stream) {
   const int64_t T = labels.size(0), bytes = c.is_int64("labels", labels) ? 8 : 4;
   std::vector<char> values(T * bytes);
-  cudaMemcpy2DAsync(values.data(), bytes, labels.data(), labels.stride(0) * bytes, bytes, T, cudaMemcpyDeviceToHost,
-                    stream);
-  cudaStreamSynchronize(stream);
-  check_launch(c.op());
+  copy_to_host(values.data(), labels.data(), bytes, T, labels.stride(0) * bytes, stream);
   for (int64_t t = 0; t < T; t++)
     check_label(c,
                 bytes == 8 ? reinterpret_cast<const int64_t*>(values.data())[t]
@@ -48,7 +45,7 @@ void check_labels(const Check& c, const Tensor& labels, int64_t V, int64_t ignor
 
 // The chunks: logits, the loss and its gradient in their place, and the products that have a tensor to go to.
 void run(const LossSizes& s, const Tensor& hidden, const Tensor& lm_head, SoftmaxLoss a, const Tensor* dhidden,
-         const Tensor* dlm_head, cudaStream_t stream) {
+         const Tensor* dlm_head, const Stream& stream) {
   const int64_t chunk = chunk_of(s.T);
   const char* labels = static_cast<const char*>(a.labels);
   const Tensor buffer = hidden.empty({chunk, s.V}, hidden.dtype());
@@ -62,9 +59,7 @@ void run(const LossSizes& s, const Tensor& hidden, const Tensor& lm_head, Softma
     part.logits = buffer.data(), part.labels = labels + first * a.label_stride * (a.wide_labels ? 8 : 4);
     part.scale = a.scale ? a.scale + first : nullptr, part.logprobs += first, part.lse += first;
     dispatch(s.dtype, vectors, [&](auto t, auto width) {
-      if (n)
-        launch(softmax_loss_kernel<decltype(t), decltype(width)::value>, static_cast<unsigned>(n), kLossThreads, 0,
-               stream, part);
+      if (n) launch(softmax_loss_kernel<decltype(t), decltype(width)::value>, n, kLossThreads, 0, stream, part);
     });
     if (dlm_head) mm(*dlm_head, transposed(logits_nV), x_nD, first > 0);
     if (dhidden) mm(rows_of(*dhidden, first, n), logits_nV, lm_head);
@@ -81,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cuda(const Tenso
   SoftmaxLoss a = {};
   if (scale) a.scale = check_token_weights(c, *scale, hidden);
   const DeviceGuard guard(hidden.device_index());
-  const cudaStream_t stream = current_stream(c, hidden);
+  const Stream stream = current_stream(c, hidden);
   if (check_values()) check_labels(c, labels, s.V, ignore_index, stream);
   Tensor logprobs = hidden.empty({s.T}, aoti_torch_dtype_float32()), lse = logprobs.empty_like();
   Tensor dhidden = hidden.empty({need_dhidden ? s.T : 0, s.D}, hidden.dtype());
@@ -90,7 +85,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cuda(const Tenso
   a.logprobs = logprobs.ptr<float>(), a.lse = lse.ptr<float>();
   a.V = s.V, a.ignore_index = ignore_index, a.z_loss = z_loss, a.gradient = need_dhidden || need_dlm_head;
   run(s, hidden, lm_head, a, need_dhidden ? &dhidden : nullptr, need_dlm_head ? &dlm_head : nullptr, stream);
-  check_launch(c.op());
   return {std::move(logprobs), std::move(lse), std::move(dhidden), std::move(dlm_head)};
 }
 

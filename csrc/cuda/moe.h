@@ -11,7 +11,7 @@ struct Call {
   const Check& c;
   const Tensor& like;
   Card card;
-  cudaStream_t stream;
+  Stream stream;
 
   // The last check: whatever else is wrong with a call is said first.
   Call(const Check& check, const Tensor& x)
@@ -19,8 +19,11 @@ struct Call {
     c.that(c.real("x", x) != DType::f32, "x", "float32", "bfloat16 or float16 on a CUDA device");
   }
   Launch launch(DType dtype) const {
-    return {dtype == DType::bf16 ? Element::bf16 : Element::f16, card.sm_count, card.shared_limit, stream,
-            prefers_clusters(card)};
+    Launch l = {};
+    l.dtype = dtype == DType::bf16 ? Element::bf16 : Element::f16;
+    l.sm_count = card.sm_count, l.shared_limit = card.shared_limit, l.clusters = prefers_clusters(card);
+    l.stream = stream.handle, l.op = stream.op;
+    return l;
   }
   // From torch's allocator, so in the order of the stream; 16-bit or 32-bit elements.
   Tensor buffer(int64_t rows, int64_t columns) const { return like.empty({rows, columns}, like.dtype()); }

@@ -35,18 +35,19 @@ template <class Pointer> Stacked<Pointer> single(Pointer down, const ExpertLayer
   return {down, nullptr, l.D * l.F, l.F, l.D};
 }
 
+RowsProblem rows_problem(const ExpertLayer& l, const RowMap& rows, const Rows& a, const Stacked<const void*>& b,
+                         Layout layout) {
+  RowsProblem p = {};
+  p.a = a, p.b = b, p.layout = layout, p.offsets = rows.offsets, p.R = rows.R, p.E = l.E;
+  return p;
+}
+
 // h and a, either null; the routed rows' pre-activation and activation
 void up_projection(const Call& call, const ExpertLayer& l, const RowMap& rows, void* h, void* a) {
   if (!rows.R) return;
-  const RowsProblem p = {gathered(l.x, l.x_row_bytes / l.bytes, rows),
-                         stacked<const void*>(l.gate_up, l, l.bytes),
-                         Layout::nk,
-                         rows.offsets,
-                         rows.R,
-                         l.E,
-                         l.F,
-                         l.D,
-                         false};
+  RowsProblem p = rows_problem(l, rows, gathered(l.x, l.x_row_bytes / l.bytes, rows),
+                               stacked<const void*>(l.gate_up, l, l.bytes), Layout::nk);
+  p.N = l.F, p.K = l.D;
   const GatedForward out = {l.gate_up_bias, h, a, static_cast<Activation>(l.activation), l.clamp};
   grouped_gemm(call.card, p, out, call.launch(l.dtype));
 }
@@ -54,24 +55,28 @@ void up_projection(const Call& call, const ExpertLayer& l, const RowMap& rows, v
 void combine(const Call& call, const ExpertLayer& l, const RowMap& rows, const void* from, const float* weight,
              void* out) {
   if (!l.T) return;
-  const Combine a = {from, rows.row_of, weight, out, l.D, static_cast<int32_t>(rows.K)};
+  Combine a = {};
+  a.rows = from, a.row_of = rows.row_of, a.weight = weight, a.out = out;
+  a.D = l.D, a.K = static_cast<int32_t>(rows.K);
   dispatch_half(l.dtype, aligned(l.bytes, {from, out}, {l.D}), [&](auto t, auto width) {
     using T = decltype(t);
     constexpr int N = decltype(width)::value;
-    launch(combine_kernel<T, N>, static_cast<unsigned>(l.T), threads_for(l.D, N), 0, call.stream, a);
+    launch(combine_kernel<T, N>, l.T, threads_for(l.D, N), 0, call.stream, a);
   });
 }
 
 // out[e] = sum of the expert's rows of `in`, gathered through `index`
 void expert_sums(const Call& call, const ExpertLayer& l, const RowMap& rows, const void* in, const int32_t* index,
                  const float* weight, int64_t columns, void* out) {
-  const ExpertSum a = {in, index, weight, rows.offsets, out, columns, columns};
+  ExpertSum a = {};
+  a.in = in, a.index = index, a.weight = weight, a.offsets = rows.offsets, a.out = out;
+  a.columns = a.stride = columns;
   dispatch_half(l.dtype, aligned(l.bytes, {in, out}, {columns}), [&](auto t, auto width) {
     using T = decltype(t);
     constexpr int N = decltype(width)::value;
     const int64_t blocks = (columns + kExpertSumLanes * N - 1) / (kExpertSumLanes * N);
-    launch(expert_sum_kernel<T, N>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(l.E)),
-           dim3(kExpertSumLanes, kExpertSumGroups), 0, call.stream, a);
+    launch(expert_sum_kernel<T, N>, Grid(blocks, static_cast<unsigned>(l.E)), dim3(kExpertSumLanes, kExpertSumGroups),
+           0, call.stream, a);
   });
 }
 
@@ -83,7 +88,7 @@ void routing_gradient(const Call& call, const ExpertLayer& l, const RowMap& rows
   a.partial = dot, a.row_of = rows.row_of, a.offsets = rows.offsets, a.dy = dy, a.bias = l.down_bias, a.out = out;
   a.count = count, a.R = rows.R, a.D = l.D, a.E = static_cast<int32_t>(l.E), a.K = static_cast<int32_t>(rows.K);
   a.tiles = static_cast<int32_t>((l.F + kDotColumns - 1) / kDotColumns);
-  const auto blocks = static_cast<unsigned>((count * 32 + kThreads - 1) / kThreads);
+  const int64_t blocks = (count * 32 + kThreads - 1) / kThreads;
   const auto kernel = l.dtype == DType::bf16 ? routing_gradient_kernel<__nv_bfloat16> : routing_gradient_kernel<__half>;
   launch(kernel, blocks, kThreads, 0, call.stream, a);
 }
@@ -94,22 +99,12 @@ void activation_gradients(const Call& call, const ExpertLayer& l, const RowMap& 
   const int64_t tiles = (l.F + kDotColumns - 1) / kDotColumns;
   const Tensor dot = call.floats(dweights ? tiles * rows.R : 0);
   if (rows.R) {
-    const RowsProblem p = {gathered(dy, l.D, rows),
-                           single<const void*>(l.down, l),
-                           Layout::kn,
-                           rows.offsets,
-                           rows.R,
-                           l.E,
-                           l.F,
-                           l.D,
-                           false};
-    const GatedBackward out = {h,
-                               rows.weight,
-                               dh,
-                               a_weighted,
-                               dweights ? dot.ptr<float>() : nullptr,
-                               static_cast<Activation>(l.activation),
-                               l.clamp};
+    RowsProblem p = rows_problem(l, rows, gathered(dy, l.D, rows), single<const void*>(l.down, l), Layout::kn);
+    p.N = l.F, p.K = l.D;
+    GatedBackward out = {};
+    out.h = h, out.weight = rows.weight, out.dh = dh, out.a_weighted = a_weighted;
+    out.dot = dweights ? dot.ptr<float>() : nullptr;
+    out.activation = static_cast<Activation>(l.activation), out.clamp = l.clamp;
     grouped_gemm(call.card, p, out, call.launch(l.dtype));
   }
   if (dweights) routing_gradient(call, l, rows, dot.ptr<const float>(), dy, dweights);
@@ -117,7 +112,8 @@ void activation_gradients(const Call& call, const ExpertLayer& l, const RowMap& 
 
 void weight_gradient(const Call& call, const ExpertLayer& l, const RowMap& rows, const Rows& a, const Rows& b,
                      int64_t M, int64_t N, const Stacked<void*>& out, const WeightGrad& as) {
-  const WgradProblem p = {a, b, rows.offsets, rows.R, l.E, M, N};
+  WgradProblem p = {};
+  p.a = a, p.b = b, p.offsets = rows.offsets, p.R = rows.R, p.E = l.E, p.M = M, p.N = N;
   grouped_gemm(call.card, p, StoreGrad{out, as.fp32, as.accumulate}, call.launch(l.dtype));
 }
 
@@ -125,15 +121,9 @@ void input_gradient(const Call& call, const ExpertLayer& l, const RowMap& rows, 
   Tensor by_row = call.buffer(rows.sorted() ? 0 : rows.R, l.D);
   void* out = rows.sorted() ? dx : by_row.data();
   if (rows.R) {
-    const RowsProblem p = {in_order(dh, 2 * l.F),
-                           stacked<const void*>(l.gate_up, l, l.bytes),
-                           Layout::kn,
-                           rows.offsets,
-                           rows.R,
-                           l.E,
-                           l.D,
-                           2 * l.F,
-                           rows.sorted()};
+    RowsProblem p =
+        rows_problem(l, rows, in_order(dh, 2 * l.F), stacked<const void*>(l.gate_up, l, l.bytes), Layout::kn);
+    p.N = l.D, p.K = 2 * l.F, p.zero_tail = rows.sorted();
     grouped_gemm(call.card, p, StoreRows{out, l.D, nullptr, nullptr}, call.launch(l.dtype));
   }
   if (!rows.sorted()) combine(call, l, rows, out, nullptr, dx);
@@ -145,15 +135,8 @@ void experts_forward(const Call& call, const ExpertLayer& l, const RowMap& rows,
   up_projection(call, l, rows, h, a.data());
   // a sorted row is its token's only one, so it is weighted before it is rounded
   const StoreRows out = {rows.sorted() ? y : by_row.data(), l.D, l.down_bias, rows.sorted() ? rows.weight : nullptr};
-  const RowsProblem p = {in_order(a.data(), l.F),
-                         single<const void*>(l.down, l),
-                         Layout::nk,
-                         rows.offsets,
-                         rows.R,
-                         l.E,
-                         l.D,
-                         l.F,
-                         rows.sorted()};
+  RowsProblem p = rows_problem(l, rows, in_order(a.data(), l.F), single<const void*>(l.down, l), Layout::nk);
+  p.N = l.D, p.K = l.F, p.zero_tail = rows.sorted();
   if (rows.R) grouped_gemm(call.card, p, out, call.launch(l.dtype));
   if (!rows.sorted()) combine(call, l, rows, by_row.data(), rows.weight, y);
 }

@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }  // 256 bytes of ints
-unsigned blocks_of(int64_t n, int64_t per_block) { return static_cast<unsigned>((n + per_block - 1) / per_block); }
+int64_t blocks_of(int64_t n, int64_t per_block) { return (n + per_block - 1) / per_block; }
 
 Scalar scalar_of(const Tensor& t) {
   return t.dtype() == aoti_torch_dtype_float32()    ? Scalar::f32
@@ -21,9 +21,7 @@ Scalar scalar_of(const Tensor& t) {
 
 void check_ends_on_host(const Call& call, const Tensor& ends, int64_t rows, int64_t E) {
   std::vector<int32_t> values(E);
-  cudaMemcpy2DAsync(values.data(), 4, ends.data(), ends.stride(0) * 4, 4, E, cudaMemcpyDeviceToHost, call.stream);
-  cudaStreamSynchronize(call.stream);
-  check_launch(call.c.op());
+  copy_to_host(values.data(), ends.data(), 4, E, ends.stride(0) * 4, call.stream);
   for (int64_t e = 0; e < E; e++) check_end(call.c, e, values[e], e ? values[e - 1] : 0, rows);
 }
 }  // namespace

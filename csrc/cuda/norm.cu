@@ -29,14 +29,13 @@ void launch_forward(const Check& c, DType dtype, const NormForward& a, const Ten
   const bool vectors = aligned(element_size(dtype), {a.x, a.residual, a.weight, a.bias, a.y, a.sum},
                                {a.D, a.x_stride, a.residual_stride});
   const DeviceGuard guard(x.device_index());
-  const cudaStream_t stream = current_stream(c, x);
+  const Stream stream = current_stream(c, x);
   const RowPlan plan = plan_rows(a.D, vector_width(dtype, vectors), kForwardBlock);
-  const auto blocks = static_cast<unsigned>((a.rows + plan.slots - 1) / plan.slots);
+  const int64_t blocks = (a.rows + plan.slots - 1) / plan.slots;
   dispatch_rows(dtype, vectors, plan.kept, [&](auto t, auto width, auto kept) {
     launch(norm_kernel<decltype(t), decltype(width)::value, decltype(kept)::value, kLayer>, blocks,
            dim3(plan.threads, plan.slots), 0, stream, a);
   });
-  check_launch(c.op());
 }
 
 // (norm(x), nothing), or (norm(x + residual), the sum)
@@ -105,15 +104,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
   a.dweight = need_dweight ? dweight_blocks.ptr<float>() : nullptr;
   a.dbias = need_dbias ? dbias_blocks.ptr<float>() : nullptr;
   const DeviceGuard guard(x.device_index());
-  const cudaStream_t stream = current_stream(c, x);
+  const Stream stream = current_stream(c, x);
   dispatch_rows(dtype, vectors, plan.kept, [&](auto t, auto width, auto kept) {
     if (blocks)
-      launch(norm_backward_kernel<decltype(t), decltype(width)::value, decltype(kept)::value, kLayer>,
-             static_cast<unsigned>(blocks), dim3(plan.threads, plan.slots), slots_shared(plan, D), stream, a);
+      launch(norm_backward_kernel<decltype(t), decltype(width)::value, decltype(kept)::value, kLayer>, blocks,
+             dim3(plan.threads, plan.slots), slots_shared(plan, D), stream, a);
   });
   launch_sum_rows(dtype, need_dweight ? column_sum(dweight_blocks, dweight) : ColumnSum{},
                   need_dbias ? column_sum(dbias_blocks, dbias) : ColumnSum{}, D, stream);
-  check_launch(op);
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 

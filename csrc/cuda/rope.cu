@@ -105,7 +105,7 @@ struct Call {
   }
 };
 
-void check_positions(const Call& call, const Tensor& positions, cudaStream_t stream) {
+void check_positions(const Call& call, const Tensor& positions, const Stream& stream) {
   const int64_t bytes = call.a.wide_positions ? 8 : 4;
   std::vector<char> value(bytes);
   for (int64_t t = 0; t < call.a.tokens; t++) {
@@ -114,9 +114,7 @@ void check_positions(const Call& call, const Tensor& positions, cudaStream_t str
       offset += (i ? rest % call.a.size[i] : rest) * call.a.position_token.along[i];
       rest /= call.a.size[i];
     }
-    cudaMemcpyAsync(value.data(), positions.ptr<const char>() + offset * bytes, bytes, cudaMemcpyDeviceToHost, stream);
-    cudaStreamSynchronize(stream);
-    check_launch(call.c.op());
+    copy_to_host(value.data(), positions.ptr<const char>() + offset * bytes, bytes, 1, bytes, stream);
     check_position(
         call.c,
         bytes == 8 ? *reinterpret_cast<const int64_t*>(value.data()) : *reinterpret_cast<const int32_t*>(value.data()),
@@ -126,15 +124,15 @@ void check_positions(const Call& call, const Tensor& positions, cudaStream_t str
 
 template <bool kNorm> void launch_rope(const Call& call, const Tensor& q, const OptTensor& positions) {
   const DeviceGuard guard(q.device_index());
-  const cudaStream_t stream = current_stream(call.c, q);
+  const Stream stream = current_stream(call.c, q);
   if (positions && check_values()) check_positions(call, *positions, stream);
   const int64_t items = call.a.tokens * std::max(call.a.q.per_token, call.a.k.per_token), groups = call.groups();
   if (!items) return;
-  const dim3 grid(static_cast<unsigned>((items + groups - 1) / groups), 2), block(call.lanes(), groups);
+  const Grid grid((items + groups - 1) / groups, 2);
+  const dim3 block(call.lanes(), groups);
   dispatch(call.dtype, call.vectors, [&](auto t, auto width) {
     launch(rope_kernel<decltype(t), decltype(width)::value, kNorm>, grid, block, 0, stream, call.a);
   });
-  check_launch(call.c.op());
 }
 
 std::tuple<Tensor, Tensor> rope_cuda(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
@@ -179,8 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward_cuda(const Tens
   a.q.out = dq.data(), a.k.out = dk.data();
   if (need_dweights) a.q.dweight = q_partial.ptr<float>(), a.k.dweight = k_partial.ptr<float>();
   const DeviceGuard guard(q.device_index());
-  const cudaStream_t stream = current_stream(call.c, q);
-  const dim3 grid(static_cast<unsigned>(blocks(std::max(q_items, k_items))), 2);
+  const Stream stream = current_stream(call.c, q);
+  const Grid grid(blocks(std::max(q_items, k_items)), 2);
   dispatch(call.dtype, call.vectors, [&](auto t, auto width) {
     if (grid.x)
       launch(qk_norm_rope_backward_kernel<decltype(t), decltype(width)::value>, grid, dim3(plan.threads, plan.slots),
@@ -188,7 +186,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward_cuda(const Tens
   });
   if (need_dweights)
     launch_sum_rows(call.dtype, column_sum(q_partial, dq_weight), column_sum(k_partial, dk_weight), a.A, stream);
-  check_launch(call.c.op());
   return {std::move(dq), std::move(dk), std::move(dq_weight), std::move(dk_weight)};
 }
 

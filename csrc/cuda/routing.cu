@@ -21,13 +21,11 @@ DType check_logits_cuda(const Check& c, const Tensor& logits) {
 
 // Their values under SAIL_OPS_CHECK=1 alone, which waits for the device.
 void check_ids_cuda(const Check& c, const Tensor& ids, int64_t T, int64_t K, const Tensor& logits,
-                    cudaStream_t stream) {
+                    const Stream& stream) {
   const int64_t bytes = check_ids(c, ids, T, K, logits) ? 8 : 4;
   if (!check_values()) return;
   std::vector<char> values(T * K * bytes);
-  cudaMemcpyAsync(values.data(), ids.data(), values.size(), cudaMemcpyDeviceToHost, stream);
-  cudaStreamSynchronize(stream);
-  check_launch(c.op());
+  copy_to_host(values.data(), ids.data(), bytes, T * K, bytes, stream);
   for (int64_t i = 0; i < T * K; i++)
     check_id(c,
              bytes == 8 ? reinterpret_cast<const int64_t*>(values.data())[i]
@@ -48,7 +46,7 @@ Routed route_topk_cuda(const Tensor& logits, int64_t K, bool renormalize, const 
   const float* bias_E = check_floats(c, "bias_E", bias, {E}, logits);
   const bool* mask_T = check_mask(c, mask, T, logits);
   const DeviceGuard guard(logits.device_index());
-  const cudaStream_t stream = current_stream(c, logits);
+  const Stream stream = current_stream(c, logits);
   if (replay) check_ids_cuda(c, *replay, T, K, logits, stream);
 
   const int64_t by_token[] = {T, K}, by_expert[] = {E};
@@ -60,30 +58,19 @@ Routed route_topk_cuda(const Tensor& logits, int64_t K, bool renormalize, const 
   const int64_t partial[] = {plan.blocks, E};
   const Tensor sums = logits.empty(partial, aoti_torch_dtype_float32());
   const Tensor block_counts = logits.empty(partial, aoti_torch_dtype_int32());
-  const Route a = {logits.data(),
-                   logits.stride(0),
-                   bias_E,
-                   replay ? replay->data() : nullptr,
-                   replay && replay->dtype() == aoti_torch_dtype_int64(),
-                   mask_T,
-                   ids.ptr<int64_t>(),
-                   weights.ptr<float>(),
-                   sums.ptr<float>(),
-                   block_counts.ptr<int32_t>(),
-                   T,
-                   static_cast<int32_t>(E),
-                   static_cast<int32_t>(K),
-                   plan.tokens,
-                   renormalize};
+  Route a = {};
+  a.logits = logits.data(), a.stride = logits.stride(0), a.bias = bias_E, a.mask = mask_T;
+  if (replay) a.replay = replay->data(), a.wide_replay = replay->dtype() == aoti_torch_dtype_int64();
+  a.ids = ids.ptr<int64_t>(), a.weights = weights.ptr<float>();
+  a.sums = sums.ptr<float>(), a.counts = block_counts.ptr<int32_t>();
+  a.T = T, a.E = static_cast<int32_t>(E), a.K = static_cast<int32_t>(K), a.tokens = plan.tokens;
+  a.renormalize = renormalize;
   dispatch_dtype(dtype, [&](auto t) {
-    if (T)
-      launch(route_topk_kernel<decltype(t)>, static_cast<unsigned>(plan.blocks), plan.warps * 32,
-             route_shared(E, plan.warps), stream, a);
+    if (T) launch(route_topk_kernel<decltype(t)>, plan.blocks, plan.warps * 32, route_shared(E, plan.warps), stream, a);
   });
-  launch(sum_statistics_kernel, static_cast<unsigned>((E + kStatisticsColumns - 1) / kStatisticsColumns),
+  launch(sum_statistics_kernel, (E + kStatisticsColumns - 1) / kStatisticsColumns,
          dim3(kStatisticsColumns, kStatisticsGroups), 0, stream, a.sums, a.counts, plan.blocks, a.E,
          counts.ptr<int64_t>(), prob_sum.ptr<float>());
-  check_launch(c.op());
   return {std::move(weights), std::move(ids), std::move(counts), std::move(prob_sum)};
 }
 
@@ -97,28 +84,19 @@ Tensor route_topk_backward_cuda(const OptTensor& grad_weights, const OptTensor& 
   const float* dsum = check_floats(c, "grad_prob_sum_E", grad_prob_sum, {E}, logits);
   const bool* mask_T = check_mask(c, mask, T, logits);
   const DeviceGuard guard(logits.device_index());
-  const cudaStream_t stream = current_stream(c, logits);
+  const Stream stream = current_stream(c, logits);
   check_ids_cuda(c, ids, T, K, logits, stream);
   Tensor dlogits = logits.empty_like();
   if (!T) return dlogits;
-  const RouteBackward a = {logits.data(),
-                           logits.stride(0),
-                           ids.data(),
-                           ids.dtype() == aoti_torch_dtype_int64(),
-                           dweights,
-                           dsum,
-                           mask_T,
-                           dlogits.data(),
-                           T,
-                           static_cast<int32_t>(E),
-                           static_cast<int32_t>(K),
-                           renormalize};
+  RouteBackward a = {};
+  a.logits = logits.data(), a.stride = logits.stride(0), a.mask = mask_T, a.dlogits = dlogits.data();
+  a.ids = ids.data(), a.wide_ids = ids.dtype() == aoti_torch_dtype_int64();
+  a.grad_weights = dweights, a.grad_prob_sum = dsum, a.renormalize = renormalize;
+  a.T = T, a.E = static_cast<int32_t>(E), a.K = static_cast<int32_t>(K);
   const int warps = plan_route(T, E).warps;
   dispatch_dtype(dtype, [&](auto t) {
-    launch(route_topk_backward_kernel<decltype(t)>, static_cast<unsigned>((T + warps - 1) / warps), warps * 32,
-           2 * warps * E * 4, stream, a);
+    launch(route_topk_backward_kernel<decltype(t)>, (T + warps - 1) / warps, warps * 32, 2 * warps * E * 4, stream, a);
   });
-  check_launch(c.op());
   return dlogits;
 }
 

@@ -29,9 +29,9 @@ inline ColumnSum column_sum(const Tensor& partial, const Tensor& out) {
   return {partial.ptr<const float>(), partial.size(0), out.data()};
 }
 // Those of the two that have an out [D].
-inline void launch_sum_rows(DType dtype, const ColumnSum& a, const ColumnSum& b, int64_t D, cudaStream_t stream) {
+inline void launch_sum_rows(DType dtype, const ColumnSum& a, const ColumnSum& b, int64_t D, const Stream& stream) {
   if (!a.out && !b.out) return;
-  const dim3 grid(static_cast<unsigned>((D + kSumColumns - 1) / kSumColumns), a.out && b.out ? 2 : 1);
+  const Grid grid((D + kSumColumns - 1) / kSumColumns, a.out && b.out ? 2 : 1);
   dispatch(dtype, false, [&](auto t, auto) {
     launch(sum_rows_kernel<decltype(t)>, grid, dim3(kSumColumns, kSumGroups), 0, stream, a.out ? a : b, b, D);
   });

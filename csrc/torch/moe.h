@@ -162,7 +162,9 @@ inline MatrixProblem check_grouped_mm(const Check& c, const Tensor& x, const Ten
   const DType dt = c.real("x", x);
   c.dtype("w", w, x.dtype());
   c.same_device("w", w, x);
-  MatrixProblem p{dt, dt == DType::f32 ? 4 : 2, x.size(0), x.size(1), w.size(2), w.size(0), false, 0};
+  MatrixProblem p = {};
+  p.dtype = dt, p.bytes = dt == DType::f32 ? 4 : 2;
+  p.R = x.size(0), p.k = x.size(1), p.n = w.size(2), p.E = w.size(0);
   c.that(w.size(1) == p.k, "w", "shape " + shape_text(w),
          "[E, " + std::to_string(p.k) + ", n], x has k = " + std::to_string(p.k));
   c.positive("x", "k", p.k);

@@ -53,6 +53,11 @@ const auto schemas =
             "qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, "
             "Tensor cos, Tensor sin, Tensor? positions, float eps, bool need_dweights)"
             " -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)")
+        // ---- dense layers: linear.cpp. A gradient that is not needed comes back as an empty tensor.
+        .schema("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+        .schema(
+            "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight)"
+            " -> (Tensor dx, Tensor dweight)")
         // ---- loss: loss.cpp. The gradients are those of sum_t scale_t (-logprob_t + z_loss lse_t^2); one that is not
         // needed comes back as an empty tensor.
         .schema(

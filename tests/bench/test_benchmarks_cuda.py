@@ -2,7 +2,9 @@
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +18,18 @@ from conftest import DEVICE
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
 
-from benchmarks import bench_attention, bench_loss, bench_norm, bench_step, events, liger, report
+from benchmarks import bench_attention, bench_loss, bench_norm, bench_step, events, graphs, liger, report, tables
 from benchmarks import bench_attention_cuda as attention
+from benchmarks import bench_grouped_mm_cuda as grouped
 from benchmarks import bench_loss_cuda as loss
 from benchmarks import bench_moe_cuda as moe
 from benchmarks import bench_norm_cuda as norm
 from benchmarks import bench_step_cuda as step
-from benchmarks.cases import MoeCase
+from benchmarks.cases import MoeCase, cuda_cases
 from benchmarks.conftest import installed
 from benchmarks.harness import Steps
 from benchmarks.limits import Limits
+from benchmarks.rows import failure, usable
 from sail_model.attention import Pack
 from sail_ops import _library, reference
 
@@ -47,7 +51,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAIL_BENCH_SIZE", "tiny")
     monkeypatch.setattr(events, "DEVICE", "cpu")
     monkeypatch.setattr(events, "Events", events.WallClock)
-    for module in (attention, loss, moe, norm, step):
+    for module in (attention, grouped, loss, moe, norm, step):
         monkeypatch.setattr(module, "BUDGET", 0.0)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -62,7 +66,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def row(test: Callable[..., None], *arguments: Any, limits: tuple[Limits, ...] = (LIMITS,)) -> dict[str, Any]:
     """What a case records."""
-    benchmark = Benchmark(extra_info={})
+    benchmark = Benchmark(name=test.__name__, extra_info={})
     test(benchmark, *arguments, *limits)
     return benchmark.extra_info
 
@@ -160,11 +164,14 @@ def test_a_run_and_its_tables(
     monkeypatch.setattr(moe, "peers_of", lambda case: ["grouped_mm", "liger", "sail_recompute", "sail_cluster"])
     monkeypatch.setattr(_library, "HAS_CUDA", False)
     rows = [row(moe.test_fused_experts, case)]
-    rows += [row(attention.test_attention, name) for name in ("S1024-train", "ragged-train", "decode8")]
-    rows += [row(norm.test_norm, op, bench_norm.SHAPES["tiny"], limits=()) for op in bench_norm.OPS]
+    rows += [row(attention.test_attention, name, False) for name in ("S1024-train", "ragged-train", "decode8")]
+    rows += [row(norm.test_norm, op, bench_norm.SHAPES["tiny"], False, limits=()) for op in bench_norm.OPS]
+    rows += [row(grouped.test_grouped_mm, mode, layout) for mode, layout in grouped.CASES]
     rows += [row(loss.test_loss), row(step.test_decoder_layer, 16), row(step.test_decoder_layer, 20)]
     for r in rows:
-        assert r["ms"]["sail"] > 0 and set(r["speedup"]) | set(r["not_measured"]) > {"liger"} or "flash_attn" in r["ms"]
+        peers = {"grouped_mm": "torch", "attention": "flash_attn"}
+        assert r["ms"]["sail"] > 0 and peers.get(r["family"], "liger") in set(r["speedup"]) | set(r["not_measured"])
+        assert r["kernels"].keys() == r["ms"].keys() and "sail" in r["launches"]
     machine = {
         "cpu": {"brand_raw": "CPU"},
         "card": {"name": "A card"},
@@ -186,11 +193,110 @@ def test_a_run_and_its_tables(
     assert report.main(["another"]) == 1 and "there are: a-card" in capsys.readouterr().out
     assert report.main(["a-card"]) == 0
     text = capsys.readouterr().out
-    for said in ("A card, CUDA 13.0, 8 threads of CPU;", "x flash-attn", "x by sequence", "T=16 whole", "T=20 peak"):
+    for said in (
+        "A card, CUDA 13.0, 8 threads of CPU;",
+        "weight gradient, w nk",
+        "x F.grouped_mm",
+        "x flash-attn",
+        "x by sequence",
+        "T=16 whole",
+        "T=20 peak",
+    ):
         assert said in text
     assert rows[0]["not_measured"]["sail_cluster"].startswith("RuntimeError: sail_ops: the CUDA library is not built")
     why = [line for line in text.splitlines() if "| liger " in line]
     assert {line.split("|")[1].strip() for line in why} == {"moe", "norm", "loss", "step"}
+
+
+def test_every_grouped_product_is_torchs() -> None:
+    """Both layouts, and the gradient laid out as w is."""
+    for mode, layout in grouped.CASES:
+        steps = grouped.GroupedMmSteps(mode, layout, 64, "tiny")
+        results = {}
+        for name in ("sail", "torch"):
+            steps.prepare(name)
+            results[name] = steps.result(name)
+        torch.testing.assert_close(results["sail"], results["torch"], rtol=1e-2, atol=1e-2)
+        contiguous = steps.w_EKN.is_contiguous() if layout == "kn" else steps.w_EKN.mT.is_contiguous()
+        assert contiguous and steps.flops == 2 * 64 * 4 * 64 * 64
+        if mode != "forward":
+            assert results["sail"].stride() == steps.w_EKN.stride() and results["sail"].shape == steps.w_EKN.shape
+
+
+class Replayed:
+    """In a graph's place: what it recorded, run again."""
+
+    def __init__(self, prepare: Callable[[], None], run: Callable[[], None]) -> None:
+        prepare()
+        self.replay = run
+
+
+def test_rows_of_graphs_stand_beside_those_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding, norms, few tokens: each replay is a row of the same case. There is no capture without a card."""
+    few = [case for case in cuda_cases() if case.graph]
+    assert [case.id for case in few] == [
+        "bf16-uniform-tiny-T64-forward-graph",
+        "bf16-uniform-tiny-T64-train-fresh-graph",
+    ]
+    assert [name for name, graph in attention.ROWS if graph] == ["decode1", "decode8"]
+    monkeypatch.setattr(graphs, "capture", Replayed)
+    tiny = bench_norm.SHAPES["tiny"]
+    rows = [row(attention.test_attention, "decode8", graph) for graph in (False, True)]
+    rows += [row(norm.test_norm, "swiglu", tiny, graph, limits=()) for graph in (False, True)]
+    case = MoeCase("bf16", "uniform", 64, "forward", None, "tiny")
+    rows += [row(moe.test_fused_experts, replace(case, graph=graph)) for graph in (False, True)]
+    results = {"benchmarks": [{"extra_info": r} for r in rows]}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.graph_table(results).splitlines()[2:]]
+    assert [line[0] for line in lines] == ["attention decode8 forward", "norm swiglu 16", "moe forward uniform 64"]
+    for line, launched, replayed in zip(lines, rows[::2], rows[1::2], strict=True):
+        assert line[1:3] == [f"{r['ms']['sail']:.3f}" for r in (launched, replayed)]
+    assert set(rows[-1]["ms"]) == {"sail", "grouped_mm"} and "peak_bytes" not in rows[-1]
+    assert len(tables.infos(results, "norm")) == 1, "a replay is no row of the other tables"
+
+
+def test_a_capture_is_warm_and_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a side stream first, then once under the capture; preparing stays outside of it."""
+    said: list[str] = []
+
+    @contextmanager
+    def inside(name: str) -> Iterator[None]:
+        said.append(f"<{name}")
+        yield
+        said.append(f"{name}>")
+
+    stream = SimpleNamespace(wait_stream=lambda other: said.append("wait"))
+    graph = SimpleNamespace(replay=lambda: said.append("replay"))
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: inside("side"),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda got: inside("graph" if got is graph else "another"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    steps = SimpleNamespace(prepare=lambda name: said.append("prepare"), run=lambda name: said.append("run"))
+    replays = graphs.Replays(steps)
+    for _ in range(2):
+        replays.prepare("sail")
+        replays.run("sail")
+    warm = ["prepare", "run"] * graphs.WARM_UPS
+    capture = ["wait", "<side", *warm, "side>", "wait", "prepare", "<graph", "run", "graph>"]
+    assert said == [*capture, "replay", "replay"]
+
+
+def test_slow_peers_and_the_compiled_one_are_for_one_size() -> None:
+    """Of all rows at full size: the loop that trains, and two graphs of torch.compile, inference and training."""
+    sizes = ((1024, "full"), (8192, "full"), (8192, "coarse"))
+    cases = [
+        MoeCase("bf16", routing, T, mode, None, size, "cuda")
+        for routing in ("uniform", "zipf")
+        for T, size in sizes
+        for mode in ("forward", "train")
+    ]
+    compiled = [case.id for case in cases if "grouped_mm_compiled" in moe.peers_of(case)]
+    assert compiled == ["bf16-uniform-full-T8192-forward", "bf16-uniform-full-T8192-train"]
+    trains = [case.id for case in cases if case.mode == "train" and "stock_eager" in moe.peers_of(case)]
+    assert trains == ["bf16-uniform-full-T8192-train"]
 
 
 def test_clusters_are_a_row_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,12 +311,12 @@ def test_clusters_are_a_row_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert switched == ["", "cluster", ""]
     monkeypatch.setattr(events, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert "clusters are for compute capability 9.0" in events.failure(steps, "sail_cluster")
+    assert "clusters are for compute capability 9.0" in failure(steps, "sail_cluster")
 
 
 def test_a_peer_that_cannot_run_is_a_row_that_is_not_measured() -> None:
     steps = attention.CardSteps(bench_attention.Case((16, 16), 4, 2, 64, mode="forward"))
-    runs, refused = events.usable(steps, ["sdpa", "sdpa_cudnn", "sdpa_flash"])
+    runs, refused = usable(steps, ["sdpa", "sdpa_cudnn", "sdpa_flash"])
     assert runs == ["sdpa", "sdpa_flash"] and list(refused) == ["sdpa_cudnn"]
     assert refused["sdpa_cudnn"].startswith("RuntimeError: ")
 

@@ -1,9 +1,7 @@
-"""The headlines where there is no card: every line runs, what fails or finds no time is named, nothing is lost."""
+"""The headlines where there is no card: what fails or finds no time is named, nothing is lost. Every line runs in
+tests/cuda/test_gpu_check_run.py, as gpu-check calls it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,9 @@ from conftest import DEVICE
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
 
-from benchmarks import events, headlines
+from benchmarks import events, headlines, kernels
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the benchmarks' own arithmetic")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -31,23 +28,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headlines, "ROUND_SECONDS", 0.0)
 
 
-def test_every_line_runs_on_the_cuda_sources(tmp_path: Path) -> None:
-    """As `make gpu-check` calls it, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.headlines", "--tiny", "--out", str(tmp_path / "out.jsonl")]
-    environment = os.environ | {"SAIL_TEST_DEVICE": "emulated", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = lines(tmp_path / "out.jsonl")
-    cases = list(dict.fromkeys(line["case"] for line in found))
-    assert [case.split()[0] for case in cases] == ["experts", "experts", "attention", "attention", "decoder"]
-    for case in cases:
-        first, *peers = (line for line in found if line["case"] == case)
-        assert first["implementation"] == "sail" and first["ms"]["sail"] > 0
-        for line in peers:
-            assert line.get("speedup", {}).keys() == ({line["implementation"]} if "ms" in line else set())
-            assert "ms" in line or line["not_measured"]
-    assert "against" in done.stdout.splitlines()[-3] or "3x?" in done.stdout
-    assert any(line["implementation"] == "stock_eager" and line.get("ms") for line in found)
+ROW = {"family": "moe", "case": {"size": "full", "routing": "uniform", "T": 8192, "mode": "train"}}
 
 
 class Steps:
@@ -67,9 +48,9 @@ def test_a_failing_peer_is_a_line_and_a_failure_of_ours_ends_its_case_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = [
-        headlines.Headline("experts one train", lambda: Steps("peer"), ["peer", "another"]),
-        headlines.Headline("experts two train", lambda: Steps("sail"), ["peer"]),
-        headlines.Headline("experts three train", lambda: Steps(), ["peer"]),
+        headlines.Headline("experts one train", lambda: Steps("peer"), ["peer", "another"], ROW),
+        headlines.Headline("experts two train", lambda: Steps("sail"), ["peer"], ROW),
+        headlines.Headline("experts three train", lambda: Steps(), ["peer"], ROW),
     ]
     monkeypatch.setattr(headlines, "headlines", lambda tiny: iter(made))
     monkeypatch.setattr(headlines, "without_card", headlines.nullcontext)
@@ -89,12 +70,26 @@ def test_a_failing_peer_is_a_line_and_a_failure_of_ours_ends_its_case_alone(
 
 
 def test_what_finds_no_time_is_named_and_patterns_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [headlines.Headline(f"case {n}", lambda: Steps(), ["peer"]) for n in (1, 2)]
+    made = [headlines.Headline(f"case {n}", lambda: Steps(), ["peer"], ROW) for n in (1, 2)]
     monkeypatch.setattr(headlines, "headlines", lambda tiny: iter(made))
     monkeypatch.setattr(headlines, "without_card", headlines.nullcontext)
     out = tmp_path / "out.jsonl"
     assert headlines.main(["--tiny", "--budget", "0", "--only", "case 2", "--out", str(out)]) == 0
     assert [(line["case"], line["not_measured"]) for line in lines(out)] == [("case 2", "no time left")] * 2
+
+
+def test_our_kernels_times_are_said_beside_their_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ours and of its clusters, each from its own line; what was not measured has no line here."""
+    up = "sail::cuda::sm90::rows_kernel<__nv_bfloat16, sail::cuda::GatedForwardEpilogue<true> >"
+    monkeypatch.setattr(kernels, "launches", lambda steps, name: [kernels.Launch(up, 0.0, 0.875)])
+    run = headlines.Run(None, 1.0)
+    headline = headlines.Headline("experts T8192 train", lambda: None, [], ROW)
+    for name in ("sail", "sail_cluster", "grouped_mm"):
+        run.measured(headline, name, None, {"sail": [1.0], name: [2.0]})
+    assert [line.get("row", {}).get("launches", {}).keys() for line in run.lines] == [{"sail"}, {"sail_cluster"}, set()]
+    said = headlines.kernel_times(run.lines, "NVIDIA H100 80GB HBM3").splitlines()
+    assert len(said) == 3 and "moe train T 8192: up" in said[2] and "| 0.875 " in said[2] and "| 0.76 " in said[2]
+    assert headlines.kernel_times(run.lines, "NVIDIA H200") == ""
 
 
 def test_the_verdict_is_by_baseline() -> None:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import emulated
+import internals
 import pytest
 import torch
 from cuda_attention import DTYPES, Case, Inputs, assert_accurate, forward, inputs
@@ -96,7 +97,7 @@ def test_bad_cu_seqlens_stay_in_bounds(library: emulated.Library, cu_q: tuple[in
 def test_refuses_what_tma_cannot_read(library: emulated.Library) -> None:
     """No keys, or rows that do not start on 16 bytes: nothing is launched."""
     for case in (Case(((5, 0),), B=1), Case(((5, 9),), B=1, gap=4)):
-        with pytest.raises(emulated.EmulationError, match="not for TMA"):
+        with pytest.raises(internals.EmulationError, match="not for TMA"):
             forward(library, case, inputs(case, torch.bfloat16))
 
 

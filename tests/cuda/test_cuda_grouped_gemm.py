@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emulated
+import internals
 import pytest
 import torch
 from grouped_gemm import DTYPES, PROBLEMS, How, Problem, gated_backward, gated_forward, store_rows, wgrad
@@ -16,11 +17,11 @@ pytestmark = pytest.mark.cpu_only  # it emulates a card whatever runs the operat
 SOURCE = emulated.EMULATION / "grouped_gemm_sm80.cpp"
 Run = Callable[..., Tensor]
 RUNS: list[Run] = [store_rows, gated_forward, gated_backward, wgrad]
-SHAPES = {"small": 0, "medium": 1, "large": 2}
+SHAPES = ("small", "medium", "large")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 problems = pytest.mark.parametrize("name", PROBLEMS)
-shapes = pytest.mark.parametrize("tiles", SHAPES.values(), ids=SHAPES)
+shapes = pytest.mark.parametrize("tiles", SHAPES)
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +42,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> emulated.Library:
 @problems
 @shapes
 @pytest.mark.parametrize("layout", ["nk", "kn"])
-def test_store_rows(library: emulated.Library, dtype: torch.dtype, name: str, tiles: int, layout: str) -> None:
-    store_rows(library, PROBLEMS[name], dtype, How(tiles, seed=tiles), layout)
+def test_store_rows(library: emulated.Library, dtype: torch.dtype, name: str, tiles: str, layout: str) -> None:
+    store_rows(library, PROBLEMS[name], dtype, How(tiles, seed=SHAPES.index(tiles)), layout)
 
 
 @dtypes
@@ -58,8 +59,8 @@ def test_bias_weight_parts(
 @dtypes
 @problems
 @shapes
-def test_gated_forward(library: emulated.Library, dtype: torch.dtype, name: str, tiles: int) -> None:
-    gated_forward(library, PROBLEMS[name], dtype, How(tiles, seed=tiles))
+def test_gated_forward(library: emulated.Library, dtype: torch.dtype, name: str, tiles: str) -> None:
+    gated_forward(library, PROBLEMS[name], dtype, How(tiles, seed=SHAPES.index(tiles)))
 
 
 @dtypes
@@ -82,8 +83,8 @@ def test_only_one_result(library: emulated.Library, want: str) -> None:
 @dtypes
 @problems
 @shapes
-def test_gated_backward(library: emulated.Library, dtype: torch.dtype, name: str, tiles: int) -> None:
-    gated_backward(library, PROBLEMS[name], dtype, How(tiles, seed=tiles), weight=name != "even")
+def test_gated_backward(library: emulated.Library, dtype: torch.dtype, name: str, tiles: str) -> None:
+    gated_backward(library, PROBLEMS[name], dtype, How(tiles, seed=SHAPES.index(tiles)), weight=name != "even")
 
 
 @dtypes
@@ -135,7 +136,7 @@ def test_row_tiles_of_pairs(library: emulated.Library, tile_rows: int, n_tiles: 
     an expert's last row; one of them nothing only past an odd last column."""
     for counts, pairs in itertools.product(COUNTS, (1, 3)):
         tiles = Tiles(counts, tail, tile_rows, n_tiles)
-        entries = tiles.handed_out(library, 2 * pairs, paired=1)
+        entries = tiles.handed_out(library, 2 * pairs, paired=True)
         work = [tuple(entry) for _, *entry, _ in entries]
         real = [entry for entry in work if entry[3] < n_tiles]
         assert len(set(real)) == len(real) and set(real) == tiles.expected(), counts
@@ -173,40 +174,40 @@ class Tiles(NamedTuple):
             for n in range(self.n_tiles)
         }
 
-    def handed_out(self, library: emulated.Library, blocks: int, paired: int = 0) -> list[list[int]]:
+    def handed_out(self, library: emulated.Library, blocks: int, paired: bool = False) -> list[list[int]]:
         """(number, expert, first row, end, column, whether B is shared) as blocks take them, within the bound that
         sizes the grid; a pair's odd last columns are a tile more for each expert."""
         offsets = torch.tensor([0, *itertools.accumulate(self.experts)], dtype=torch.int32)
         R, E = sum(self.counts), len(self.experts)
-        most = library.number("most_row_tiles", R, E, self.tile_rows, self.n_tiles) + paired * (E + 1)
+        most = internals.most_row_tiles(R, E, self.tile_rows, self.n_tiles) + paired * (E + 1)
         found, count = torch.zeros(most + 1, 6, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        sizes = offsets, R, E, int(self.tail is not None)
-        library("row_tiles", blocks, paired, self.tile_rows, self.n_tiles, *sizes, most + 1, found, count)
+        problem = internals.RowsProblem(offsets=offsets, R=R, E=E, zero_tail=self.tail is not None)
+        how = internals.How(blocks=blocks, paired=paired)
+        library.row_tiles(problem, how, self.tile_rows, self.n_tiles, most + 1, found, count)
         assert int(count) <= most
         return found[: int(count)].tolist()
 
 
-def test_wgrad_tiles(library: emulated.Library) -> None:
+def test_wgrad_tiles() -> None:
     """Every (expert, m, n) once, experts in order; columns change fastest after groups of 16 rows of tiles."""
     for experts, m_tiles, n_tiles in itertools.product((1, 3), (1, 2, 15, 16, 17, 40), (1, 2, 5)):
-        found = torch.zeros(experts * m_tiles * n_tiles, 3, dtype=torch.int64)
-        library("wgrad_tiles", experts, m_tiles, n_tiles, found)
-        tiles = [tuple(t) for t in found.tolist()]
+        count = experts * m_tiles * n_tiles
+        tiles = [tuple(internals.wgrad_tile(i, m_tiles, n_tiles)) for i in range(count)]
         assert sorted(tiles) == list(itertools.product(range(experts), range(m_tiles), range(n_tiles)))
         assert [e for e, _, _ in tiles] == sorted(e for e, _, _ in tiles)
         assert all(tile[1] // 16 <= after[1] // 16 for tile, after in itertools.pairwise(tiles) if tile[0] == after[0])
 
 
-def test_tile_choice(library: emulated.Library) -> None:
+def test_tile_choice() -> None:
     """Larger tiles for more rows an expert; the shapes of the benchmarks."""
-    chosen = [library.number("choose_tiles", rows * 8, 8) for rows in range(1, 5000)]
-    assert chosen == sorted(chosen) and set(chosen) == set(SHAPES.values())
+    chosen = [internals.choose_tiles(rows * 8, 8).name for rows in range(1, 5000)]
+    assert chosen == sorted(chosen, key=SHAPES.index) and set(chosen) == set(SHAPES)
     for R, E, shape in ((8, 128, "small"), (8192, 128, "medium"), (65536, 128, "large"), (262144, 128, "large")):
-        assert library.number("choose_tiles", R, E) == SHAPES[shape]
+        assert internals.choose_tiles(R, E).name == shape
 
 
 def test_no_bank_conflicts(library: emulated.Library) -> None:
-    assert library.number("bank_conflicts") == 1
+    assert library.bank_conflicts() == 1
 
 
 # ---- mutants

@@ -1,7 +1,6 @@
 """The CUDA library's own behaviour, on the emulator: the whole layer against fp64 with poisoned workspaces, cards,
 values out of range. `SAIL_TEST_DEVICE=emulated pytest tests/ops/test_moe.py ...` runs the CPU's tests on it."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from expert_layer import POOL, biases, layer, offsets
 from torch import Tensor
 
 import sail_ops
-from sail_ops import reference, testing
+from sail_ops import _library, reference, testing
 from sail_ops.testing import ExpertsCase
 
 CASE = ExpertsCase(37, 48, 40, 5, 2, "dropped")
@@ -140,6 +139,11 @@ def test_smaller_cards_give_the_same_bits(card: str) -> None:
     assert want.endswith("True") and probe(code, SAIL_EMULATED_CARD=card) == want
 
 
+def test_a_refused_launch_names_the_operator() -> None:
+    """A card of compute capability 8 whose blocks have too little shared memory for a product."""
+    assert probe(LAYER, SAIL_EMULATED_CARD="8.0 3 50000") == "RuntimeError sail_ops.fused_experts: CUDA: invalid value"
+
+
 def test_values_are_checked_on_demand() -> None:
     fall = "sail_ops.grouped_experts(x, gate_up, down, torch.tensor([3, 2, 6, 7, 8]).int())"
     assert probe(fall, SAIL_OPS_CHECK="1").startswith(
@@ -160,8 +164,7 @@ def test_unknown_kernels_are_refused(name: str) -> None:
 
 def test_kernels_are_switched_in_a_process() -> None:
     """What the benchmarks of a card do to time a row by clusters beside the others."""
-    library = ctypes.CDLL(str(build()))
-    library.sail_cuda_set_kernels.restype = ctypes.c_char_p
+    library = _library._load(build(), sail_cuda_set_kernels=_library._text)
     answers = [library.sail_cuda_set_kernels(name) for name in (b"cluster", b"clusters", b"")]
     assert answers[0] == answers[2] == b"" and answers[1].startswith(
         b"error: sail_ops: SAIL_OPS_CUDA_KERNELS: got 'clu"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import internals
 import pytest
 import torch
 from emulated import EMULATION, Library, compile, replace_once
@@ -18,6 +19,8 @@ MUTANTS = {
     "no barrier before the places are read": ("warps);\n  __syncthreads();", "warps);"),
     "ids past the last kept": ("id >= 0 && id < a.E ?", "id >= 0 && id <= a.E ?"),
 }
+
+SCALARS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +41,27 @@ def check_sort(kernels: Library, ids: Tensor, E: int, weights: Tensor | None = N
     (T, K), poison = ids.shape, -77
     if weights is None:
         weights = testing.random(T, K, seed=5)
-    blocks = kernels.number("sort_blocks", T * K, E)
+    blocks, _, _ = internals.plan_sort(T * K, E)
     block_counts = torch.full((blocks + 1, E), poison, dtype=torch.int32)
     offsets, token, row_of = (torch.full((n + 1,), poison, dtype=torch.int32) for n in (E, T * K, T * K))
     weight = torch.full((T * K + 1,), torch.nan)
-    scalar = [torch.float32, torch.bfloat16, torch.float16].index(weights.dtype)
-    sizes = [T, K, E, int(ids.dtype == torch.int64), scalar, *ids.stride(), *weights.stride()]
-    kernels("sort_rows", seed, ids, weights, sizes, block_counts, offsets, token, weight, row_of)
+    problem = internals.RowSort(
+        ids=ids,
+        weights=weights,
+        ids_stride=ids.stride(),
+        weights_stride=weights.stride(),
+        wide_ids=ids.dtype == torch.int64,
+        weights_type=getattr(internals.Scalar, SCALARS[weights.dtype]),
+        count=T * K,
+        K=K,
+        E=E,
+        block_counts=block_counts,
+        offsets=offsets,
+        token=token,
+        weight=weight,
+        row_of=row_of,
+    )
+    kernels.sort_rows(seed, problem)
 
     flat = ids.flatten().long()
     inside = (flat >= 0) & (flat < E)
@@ -87,10 +104,10 @@ def test_wide_ids_are_not_cut_to_32_bits(kernels: Library) -> None:
     check_sort(kernels, torch.tensor([[2**32 + 1, 1], [-(2**32), 0]]), 4)
 
 
-def test_plan_covers_every_position_once(kernels: Library) -> None:
+def test_plan_covers_every_position_once() -> None:
     for count in [0, 1, 511, 512, 513, 65536, 262144, 262145, 10**6, 2**31 - 1]:
         for E in [1, 128, 1024, 1537, 4096, 12032]:
-            blocks, warps, piece = (kernels.number(f"sort_{n}", count, E) for n in ("blocks", "warps", "piece"))
+            blocks, warps, piece = internals.plan_sort(count, E)
             assert piece % (32 * warps) == 0 and warps * E * 4 <= 47 * 1024
             assert blocks == max(1, -(-count // piece)) <= 512
 
@@ -117,7 +134,8 @@ def test_ends_that_fall_or_pass_the_rows_are_moved(kernels: Library, E: int) -> 
         generator = torch.Generator().manual_seed(seed)
         ends = torch.randint(-20, 80, (E, 2), generator=generator, dtype=torch.int32)[:, 1]
         offsets = torch.full((E + 1,), -77, dtype=torch.int32)
-        kernels("clamp_ends", seed, ends, ends.stride(0), E, rows, offsets)
+        problem = internals.SortedRows(ends=ends, stride=ends.stride(0), E=E, rows=rows, offsets=offsets)
+        kernels.clamp_ends(seed, problem)
         want = ends.long().cummax(0).values.clamp(0, rows)
         assert offsets[0] == 0 and torch.equal(offsets[1:].long(), want)
 
@@ -134,7 +152,8 @@ def test_combine(kernels: Library, T: int, D: int, K: int, threads: int, weighte
     rows[~torch.isin(torch.arange(T * K), row_of)] = torch.nan  # rows of nobody are not read
     out = torch.full((T, D), torch.nan, dtype=torch.bfloat16)
     given_rows = row_of.int().contiguous()
-    kernels("combine", int(D % 8 == 0), rows, given_rows, weight if weighted else None, out, T, D, K, threads)
+    problem = internals.Combine(rows=rows, row_of=given_rows, weight=weight if weighted else None, out=out, D=D, K=K)
+    kernels.combine(D % 8 == 0, problem, T, threads)
     terms = (
         rows[row_of.clamp(min=0)].double() * (weight[row_of.clamp(min=0)] if weighted else torch.ones(T, K))[..., None]
     )
@@ -151,7 +170,9 @@ def test_expert_sums(kernels: Library, columns: int, gathered: bool) -> None:
     rows, weight = testing.random(R, columns, dtype=torch.bfloat16), testing.random(R, seed=1)
     index = torch.randint(R, (R,), generator=torch.Generator().manual_seed(2)).int()
     out = torch.full((5, columns), torch.nan, dtype=torch.bfloat16)
-    kernels("expert_sums", int(columns % 8 == 0), rows, index if gathered else None, weight, offsets, out, 5, columns)
+    fields = {"weight": weight, "offsets": offsets, "out": out, "columns": columns, "stride": columns}
+    problem = internals.ExpertSum(**fields, **{"in": rows, "index": index if gathered else None})
+    kernels.expert_sums(columns % 8 == 0, problem, 5)
     terms = (rows[index.long()] if gathered else rows).double() * weight.double()[:, None]
     ref = torch.stack([part.sum(0) for part in terms.split(counts)])
     testing.assert_accurate(out, ref, ref.bfloat16())

@@ -1,13 +1,6 @@
 // emu::allow and emu::forget_allowed for a test to call.
 #pragma once
+#include "calls.h"
 
-extern "C" {
-const char* allow(const void* p, int64_t bytes) {
-  emu::allow(p, static_cast<size_t>(bytes));
-  return nullptr;
-}
-const char* forget_allowed() {
-  emu::forget_allowed();
-  return nullptr;
-}
-}
+void allow(const void* p, int64_t bytes) { emu::allow(p, static_cast<size_t>(bytes)); }
+void forget_allowed() { emu::forget_allowed(); }

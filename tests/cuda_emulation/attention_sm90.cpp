@@ -2,6 +2,7 @@
 #include "cuda_runtime.h"
 
 #include "attention_dispatch_sm90.cuh"
+#include "calls.h"
 
 namespace {
 using namespace sail::cuda;
@@ -17,13 +18,14 @@ struct Start {
   }
 };
 
-const char* run(const int64_t* how, const AttentionForward& a) {
+const char* run(const How& how, const AttentionForward& a) {
   return emu::guard([&] {
 #ifdef SAIL_ONLY_BF16  // which compiles in half the time
-    const bool started = sm90::dispatch<__nv_bfloat16>(a, Start{how[1]});
+    const bool started = sm90::dispatch<__nv_bfloat16>(a, Start{how.seed});
 #else
-    const Start start{how[1]};
-    const bool started = how[0] == 0 ? sm90::dispatch<__nv_bfloat16>(a, start) : sm90::dispatch<__half>(a, start);
+    const Start start{how.seed};
+    const bool started =
+        how.dtype == Element::bf16 ? sm90::dispatch<__nv_bfloat16>(a, start) : sm90::dispatch<__half>(a, start);
 #endif
     if (!started) throw std::runtime_error("not for TMA");
   });

@@ -1,7 +1,7 @@
 // What CUTLASS's grouped GEMM is told of each expert, for tests/cuda/test_cuda_cutlass.py: the products are then made from
 // that alone, as CUTLASS makes them.
 #include "cutlass_groups.cuh"
-#include "cuda_runtime.h"
+#include "calls.h"
 
 namespace {
 using namespace sail::cuda;
@@ -47,11 +47,13 @@ template <class T> void grouped(const RowsProblem& p, const StoreRows& out, int6
   for (int64_t e = 0; e < p.E; e++) multiply(g, e);
 }
 
-const char* run(const int64_t* how, const RowsProblem& p, const StoreRows& out) {
-  return emu::guard(
-      [&] { how[0] == 0 ? grouped<__nv_bfloat16>(p, out, how[2], how[3]) : grouped<__half>(p, out, how[2], how[3]); });
+const char* run(const How& how, const RowsProblem& p, const StoreRows& out) {
+  return emu::guard([&] {
+    how.dtype == Element::bf16 ? grouped<__nv_bfloat16>(p, out, how.seed, how.blocks)
+                               : grouped<__half>(p, out, how.seed, how.blocks);
+  });
 }
-template <class Problem, class Output> const char* run(const int64_t*, const Problem&, const Output&) {
+template <class Problem, class Output> const char* run(const How&, const Problem&, const Output&) {
   return "not for CUTLASS";
 }
 }  // namespace

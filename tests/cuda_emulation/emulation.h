@@ -1,10 +1,10 @@
 // Runs CUDA kernels on the CPU, from their own sources: every thread of a block is a fiber of one CPU thread.
 //
-// Use, from a C++ file that a test compiles with g++ and loads by ctypes (tests/support/emulated.py does both):
+// Use, from a C++ file that a test compiles with g++ and loads (tests/support/emulated.py does both):
 //   #include "cuda_runtime.h"     first: the language (threadIdx, __shared__, shuffles, bf16 and fp16, ...)
 //   #include "some_kernel.cuh"    from csrc/cuda/kernels; its ptx.cuh includes ptx.h of this folder instead
 //   emu::Options options;         seed: the order of threads; shared_bytes: dynamic shared memory of a block
-//   extern "C" const char* my_test(const void* x, int64_t n, double eps) {       ctypes passes just these kinds
+//   const char* my_test(const Problem& p) {       declared in tests/native/calls.h, bound in module.cpp beside it
 //     return emu::guard([&] { emu::launch(grid, block, options, [&] { some_kernel(arguments); }); });
 //   }
 // What it shows that a GPU shows only by chance:

@@ -1,7 +1,5 @@
 // The kernels around the grouped products for tests/cuda/test_cuda_routing.py: rows by expert, gather-sums, expert sums.
-#include "combine.cuh"
-#include "cuda_runtime.h"
-#include "routing_metadata.cuh"
+#include "calls.h"
 
 namespace {
 using namespace sail::cuda;
@@ -13,20 +11,8 @@ emu::Options options(int64_t seed, int64_t shared_bytes) {
 }
 }  // namespace
 
-extern "C" {
-int64_t sort_blocks(int64_t count, int64_t E) { return plan_sort(count, E).blocks; }
-int64_t sort_warps(int64_t count, int64_t E) { return plan_sort(count, E).warps; }
-int64_t sort_piece(int64_t count, int64_t E) { return plan_sort(count, E).piece; }
-
-// sizes: T, K, E, wide, weights' Scalar, strides of ids and weights
-const char* sort_rows(int64_t seed, const void* ids, const void* weights, const int64_t* sizes, int32_t* block_counts,
-                      int32_t* offsets, int32_t* token, float* weight, int32_t* row_of) {
-  RowSort a = {};
-  a.ids = ids, a.weights = weights, a.count = sizes[0] * sizes[1];
-  a.K = static_cast<int32_t>(sizes[1]), a.E = static_cast<int32_t>(sizes[2]);
-  a.wide_ids = sizes[3] != 0, a.weights_type = static_cast<Scalar>(sizes[4]);
-  for (int i = 0; i < 2; i++) a.ids_stride[i] = sizes[5 + i], a.weights_stride[i] = sizes[7 + i];
-  a.block_counts = block_counts, a.offsets = offsets, a.token = token, a.weight = weight, a.row_of = row_of;
+const char* sort_rows(int64_t seed, const RowSort& unplanned) {
+  RowSort a = unplanned;
   const SortPlan plan = plan_sort(a.count, a.E);
   a.piece = plan.piece;
   return emu::guard([&] {
@@ -37,27 +23,21 @@ const char* sort_rows(int64_t seed, const void* ids, const void* weights, const 
   });
 }
 
-const char* clamp_ends(int64_t seed, const int32_t* ends, int64_t stride, int64_t E, int64_t rows, int32_t* offsets) {
-  const SortedRows a = {ends, stride, static_cast<int32_t>(E), static_cast<int32_t>(rows), offsets};
+const char* clamp_ends(int64_t seed, const SortedRows& a) {
   return emu::guard([&] { emu::launch(1, 256, options(seed, 0), [&] { sorted_rows_kernel(a); }); });
 }
 
-const char* combine(int64_t vectors, const void* rows, const int32_t* row_of, const float* weight, void* out, int64_t T,
-                    int64_t D, int64_t K, int64_t threads) {
-  const Combine a = {rows, row_of, weight, out, D, static_cast<int32_t>(K)};
+const char* combine(bool vectors, const Combine& a, int64_t T, int64_t threads) {
   const auto kernel = vectors ? combine_kernel<__nv_bfloat16, 8> : combine_kernel<__nv_bfloat16, 1>;
   return emu::guard([&] {
     emu::launch(static_cast<unsigned>(T), static_cast<unsigned>(threads), options(0, 0), [&] { kernel(a); });
   });
 }
 
-const char* expert_sums(int64_t vectors, const void* in, const int32_t* index, const float* weight,
-                        const int32_t* offsets, void* out, int64_t E, int64_t columns) {
-  const ExpertSum a = {in, index, weight, offsets, out, columns, columns};
+const char* expert_sums(bool vectors, const ExpertSum& a, int64_t E) {
   const auto kernel = vectors ? expert_sum_kernel<__nv_bfloat16, 8> : expert_sum_kernel<__nv_bfloat16, 1>;
   const int64_t width = kExpertSumLanes * (vectors ? 8 : 1);
-  const dim3 grid(static_cast<unsigned>((columns + width - 1) / width), static_cast<unsigned>(E));
+  const dim3 grid(static_cast<unsigned>((a.columns + width - 1) / width), static_cast<unsigned>(E));
   return emu::guard(
       [&] { emu::launch(grid, dim3(kExpertSumLanes, kExpertSumGroups), options(0, 0), [&] { kernel(a); }); });
-}
 }

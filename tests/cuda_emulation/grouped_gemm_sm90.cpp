@@ -1,17 +1,15 @@
 // The sm_90a grouped GEMM for tests/cuda/test_cuda_grouped_gemm_sm90.py: its own dispatch, launched on fibers.
+#include "calls.h"
 #include "cuda_runtime.h"
 #include "dispatch_sm90.cuh"
 
 namespace {
 using namespace sail::cuda;
 
-struct How {
-  int64_t dtype, tiles, seed, blocks, paired;  // tiles: unused, there is one shape
-};
 struct Start {
   const How& how;
   bool encode(const TensorBox& b, CUtensorMap* map) const { return ptx::encode(b, map); }
-  int paired(const RowsProblem&) const { return static_cast<int>(how.paired); }
+  int paired(const RowsProblem&) const { return how.paired; }
   template <class Arguments>
   void launch(void (*kernel)(Arguments), int64_t tiles, const Arguments& arguments, int paired = 0) const {
     emu::Options options;
@@ -22,14 +20,13 @@ struct Start {
   }
 };
 
-template <class Problem, class Arguments> const char* run(const int64_t* how, const Problem& p, const Arguments& out) {
-  const How h = {how[0], how[1], how[2], how[3], how[4]};
+template <class Problem, class Arguments> const char* run(const How& how, const Problem& p, const Arguments& out) {
   return emu::guard([&] {
 #ifdef SAIL_FEW_KERNELS
-    const bool started = sm90::dispatch<__nv_bfloat16>(p, out, Start{h});
+    const bool started = sm90::dispatch<__nv_bfloat16>(p, out, Start{how});
 #else
-    const bool started =
-        h.dtype == 0 ? sm90::dispatch<__nv_bfloat16>(p, out, Start{h}) : sm90::dispatch<__half>(p, out, Start{h});
+    const bool started = how.dtype == Element::bf16 ? sm90::dispatch<__nv_bfloat16>(p, out, Start{how})
+                                                    : sm90::dispatch<__half>(p, out, Start{how});
 #endif
     if (!started) throw std::runtime_error("not for TMA");
   });
@@ -37,5 +34,3 @@ template <class Problem, class Arguments> const char* run(const int64_t* how, co
 }  // namespace
 
 #include "grouped_gemm_calls.h"
-
-extern "C" int64_t choose_pairs(int64_t R, int64_t E) { return sm90::choose_pairs(R, E); }

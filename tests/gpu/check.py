@@ -148,7 +148,7 @@ def run_all(
                 report.ended(name, "no time left")
                 continue
             run(name, stage, report, environment, deadline)
-            report.keep([p for p in (ROOT / "benchmarks/results").glob("*/*.json") if p.stat().st_mtime >= started])
+            report.keep([p for p in (ROOT / "benchmarks/results").glob("*/*.json*") if p.stat().st_mtime >= started])
             if report.statuses[name] != "skipped" and contact.alone(probe, contact.LIMIT, report.log) != "ok":
                 silent_after = name
                 break

@@ -19,7 +19,7 @@ TRITON_SUITES = {
     "expert layer": ["moe", "moe_training", "moe_errors"],
     "grouped product, router, gate, norm": ["grouped_mm", "routing", "activation", "norm"],
 }
-BENCHMARKS = ["moe", "attention", "norm", "loss", "step"]
+BENCHMARKS = ["moe", "grouped_mm", "attention", "norm", "loss", "step"]
 HAS_CUTLASS = "from sail_ops._library import has_cutlass; raise SystemExit(not has_cutlass())"
 
 
@@ -53,7 +53,7 @@ def first_stages(emulated: bool) -> dict[str, Stage]:
         contact, headlines, patience = [*contact, "--emulated"], [*headlines, "--tiny"], PATIENCE
     return {
         "contact": Stage(contact, limit=120 * patience, measures=True, shown=30),
-        "headlines": Stage(headlines, limit=150 * patience, measures=True, shown=30),
+        "headlines": Stage(headlines, limit=150 * patience, measures=True, shown=45),
     }
 
 

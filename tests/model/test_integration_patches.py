@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import pickle
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sail_ops.integrations.transformers import apply, revert
 from sail_ops.integrations.transformers.patches import patched_modules
@@ -66,6 +68,32 @@ def step(name: str, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     result.backward(random(*result.shape, dtype=result.dtype, seed=9) if result.dim() else None)
     gradients = {key: p.grad.flatten() for key, p in model.named_parameters() if p.grad is not None}
     return {"result": result.detach().flatten(), **gradients}
+
+
+class Names(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(op).removesuffix(".default")] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_layers_of_fp16(name: str) -> None:
+    """On a CPU they are ours in fp16, whatever its instruction set; torch's are those inside transformers' router."""
+    model = apply(build(name, 2, torch.float16)).train()
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    routers = sum(type(module).__name__ == "Qwen3MoeTopKRouter" for module in model.modules())
+    with Names() as names:
+        step(name, model, torch.float16)
+    heads = name != "aimv2"  # of the loss
+    assert names.counts["sail_ops.linear"] == linears - heads and linears - heads >= 8
+    assert names.counts["sail_ops.linear_backward"] >= 8
+    assert sum(names.counts[f"aten.{product}"] for product in ("mm", "addmm", "bmm")) == 3 * routers
 
 
 @pytest.mark.parametrize("name", MODELS)

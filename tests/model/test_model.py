@@ -262,6 +262,17 @@ def test_balance_loss_reaches_every_router_and_only_dense_has_none() -> None:
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_every_product_of_a_step_in_fp16_is_ours(moe: bool) -> None:
+    """On a CPU torch's are slow (sail_ops.linear); what is left to it are the patches, a convolution."""
+    model, ids = lively_model(tiny_config(moe)).half().train(), torch.cat(STREAM)[None]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(input_ids=ids, pixel_values=pixels(4).half(), labels=ids).loss.backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"sail_ops::linear", "sail_ops::linear_backward"} <= names
+    assert not names & {"aten::mm", "aten::addmm", "aten::bmm"}
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
     model = lively_model(tiny_config(True)).train()

@@ -94,6 +94,16 @@ MUTANTS = {
     "positions ignored": Mutant(
         "rope_positions", HOST + "rope.cpp", HOST + "rope.cpp", "positions_ ? position(token) : 0", "token"
     ),
+    "bias of a linear layer ignored": Mutant(
+        "linear", HOST + "product.cpp", HOST + "product.cpp", "store(dtype, c, bias, t", "store(dtype, c, nullptr, t"
+    ),
+    "rows of a view of weights taken for contiguous": Mutant(
+        "linear",
+        HOST + "product.cpp",
+        HOST + "product.cpp",
+        "at(dtype, b, t.n0, 0),\n" + 54 * " " + ".ldb = b.stride,",
+        "at(dtype, b, t.n0, 0), .ldb = K,",
+    ),
     "a span of the softmax dropped": Mutant(
         "linear_cross_entropy", "loss.cpp", "loss.cpp", "int64_t r = 0; r < rows", "int64_t r = kSpan; r < rows"
     ),
@@ -116,8 +126,8 @@ MUTANTS = {
         "linear_cross_entropy_chunks",
         HOST + "product.cpp",
         HOST + "product.cpp",
-        "n, row, nullptr, row",
-        "n, nullptr, nullptr, row",
+        "at(dtype, out, m * N), {m",
+        "nullptr, {m",
     ),
     "ties to the higher id": Mutant(
         "route_topk", "routing.cpp", "routing.cpp", "best[i] > best[v]", "best[i] >= best[v]"

@@ -1,8 +1,9 @@
 """vec.h, on each instruction set: every 16-bit value through the conversions, exp against fp64 over its range."""
 
-import ctypes
 import math
+from typing import Any
 
+import internals
 import pytest
 import torch
 from native import KERNELS, ROOT, compile_kernel, link, require_build
@@ -15,21 +16,14 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 
 
 @pytest.fixture(scope="module", params=testing.cpu_isas())
-def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """call(name, *tensors and integers) into vec_probe.cpp, compiled for one instruction set."""
+def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The functions of vec_calls.h, compiled for one instruction set."""
     require_build()
     folder = tmp_path_factory.mktemp(request.param)
-    compile_kernel(
-        ROOT / "tests" / "support" / "vec_probe.cpp", request.param, folder / "probe.o", f"-I{ROOT / KERNELS}"
-    )
+    include = [f"-I{internals.SOURCES}", f"-I{ROOT / KERNELS}"]
+    compile_kernel(internals.SOURCES / "vec_probe.cpp", request.param, folder / "probe.o", *include)
     link([folder / "probe.o"], folder / "probe.so")
-    library = ctypes.CDLL(str(folder / "probe.so"))
-
-    def call(name: str, *args: Tensor | int) -> int:
-        given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in args]
-        return getattr(library, f"probe_{name}")(*given)
-
-    return call
+    return internals.load_library(str(folder / "probe.so"))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -44,9 +38,9 @@ def short(dtype: torch.dtype) -> str:
 
 @HALVES
 def test_every_half_widens_as_in_torch(probe, dtype: torch.dtype) -> None:
-    n, width = ALL_16_BITS.numel(), probe("width")
+    n, width = ALL_16_BITS.numel(), probe.width()
     whole, part, scalar = (torch.full((n,), math.nan) for _ in range(3))
-    probe(f"widen_{short(dtype)}", ALL_16_BITS, whole, part, scalar, n)
+    getattr(probe, f"widen_{short(dtype)}")(ALL_16_BITS, whole, part, scalar, n)
     want = ALL_16_BITS.view(dtype).float()
     assert same(whole, want) and same(scalar, want)
     first = torch.arange(n) % width < width - 1
@@ -70,7 +64,7 @@ def test_narrowing_rounds_as_in_torch(probe, dtype: torch.dtype) -> None:
     values = torch.cat([values, torch.zeros(-values.numel() % 16)])
     n = values.numel()
     whole, scalar = (torch.zeros(n, dtype=dtype) for _ in range(2))
-    probe(f"narrow_{short(dtype)}", values, whole, scalar, n)
+    getattr(probe, f"narrow_{short(dtype)}")(values, whole, scalar, n)
     want = values.to(dtype)
     # the AVX-512 instruction takes subnormal floats for zero, which as bf16 they nearly are
     tiny = values.abs() < torch.finfo(torch.float32).tiny
@@ -81,7 +75,7 @@ def test_narrowing_rounds_as_in_torch(probe, dtype: torch.dtype) -> None:
 def test_exp(probe) -> None:
     x = torch.cat([torch.linspace(-87.3, 88.7, 1 << 20), torch.linspace(-1e-3, 1e-3, 1 << 12)])
     out = torch.empty_like(x)
-    probe("exp", x, out, x.numel())
+    probe.exponential(x, out, x.numel())
     ref = x.double().exp()
     ulp = 2.0 ** (ref.log2().floor() - 23)
     # torch's own vector exp is within one
@@ -91,21 +85,21 @@ def test_exp(probe) -> None:
         [0.0, -0.0, 88.8, 200, math.inf, -104.1, -1e30, -math.inf, math.nan, 1e-45, -1e-45] + 5 * [0.0]
     )
     out = torch.empty_like(edges)
-    probe("exp", edges, out, edges.numel())
+    probe.exponential(edges, out, edges.numel())
     assert torch.equal(out.nan_to_num(nan=-1), edges.exp().nan_to_num(nan=-1))
 
     tail = torch.linspace(-104, -87.3, 4096)  # down to the subnormals: right, or zero
     out = torch.empty_like(tail)
-    probe("exp", tail, out, tail.numel())
+    probe.exponential(tail, out, tail.numel())
     assert ((out.double() - tail.double().exp()).abs() <= torch.finfo(torch.float32).tiny).all()
 
 
 def test_sum_and_short_vectors(probe) -> None:
-    width = probe("width")
+    width = probe.width()
     x, total = torch.arange(1.0, width + 1), torch.zeros(1)
-    probe("sum", x, total)
+    probe.total(x, total)
     assert total.item() == width * (width + 1) / 2
     for n in range(width):
         out = torch.full((width,), -1.0)
-        probe("edges", x, out, n)
+        probe.copy_n(x, out, n)
         assert torch.equal(out[:n], x[:n]) and (out[n:] == -1).all()

@@ -1,15 +1,16 @@
 """Calls the emulated attention kernels (csrc/cuda/kernels/attention.h) with tensors.
 
 Operands lie between NaNs that copies may not read, results between NaNs that must stay: a read or write past an end
-shows. The exported functions are those of tests/cuda_emulation/attention_sm80.cpp.
+shows.
 B sequences, S queries and L keys of each, H query heads, G key/value heads, D head dim.
 """
 
 from typing import Any, NamedTuple
 
 import emulated
+import internals
 import torch
-from grouped_gemm import Memory
+from grouped_gemm import ELEMENTS, Memory
 from torch import Tensor
 
 from sail_ops import reference, testing
@@ -87,38 +88,40 @@ def expected(case: Case, x: Inputs, dtype: torch.dtype) -> Outputs:
 
 
 class Call(NamedTuple):
-    """Arguments that all functions share; what they write is checked by `memory`."""
+    """How, and the fields that all problems share; what a launch writes is checked by `memory`."""
 
     memory: Memory
-    words: tuple[Any, ...]
+    how: Any
+    fields: dict[str, Any]
 
 
 def call(library: emulated.Library, case: Case, x: Inputs, seed: int, cu: tuple[Any, Any] | None = None) -> Call:
     memory = Memory()
-    library("forget_allowed")
-    held = []
-    for t in (x.q, x.k, x.v):
-        t = memory.operand(t, pitch=case.gap)
-        held.append(t)
-        allow(library, t)
+    library.forget_allowed()
+    rows = {}
+    for name, t in zip("qkv", (x.q, x.k, x.v), strict=True):
+        held = memory.operand(t, pitch=case.gap)
+        allow(library, held)
+        batch = held.stride(0) if case.B else 0
+        rows[name] = internals.HeadRows(data=held, batch=batch, token=held.stride(-3), head=held.stride(-2))
     S, L = case.tokens
-    sizes = [case.B or len(case.lengths), S, L, case.H, case.G, case.D, int(case.causal)]
-    strides = [s for t in held for s in ((t.stride(0) if case.B else 0), t.stride(-3), t.stride(-2))]
+    sizes = {"B": case.B or len(case.lengths), "S": S, "L": L, "H": case.H, "G": case.G, "D": case.D}
     cu_q, cu_k = case.cu() if cu is None else cu
-    how = [DTYPES.index(x.q.dtype), seed]
-    return Call(memory, (how, *held, cu_q, cu_k, sizes, strides, case.softmax_scale()))
+    fields = {"cu_q": cu_q, "cu_k": cu_k, "causal": case.causal, "scale": case.softmax_scale()}
+    how = internals.How(dtype=getattr(internals.Element, ELEMENTS[x.q.dtype]), seed=seed)
+    return Call(memory, how, rows | sizes | fields)
 
 
 def allow(library: emulated.Library, t: Tensor) -> None:
     """Copies may read t, and nothing that has not been named."""
     size = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
-    library("allow", t, size * t.element_size())
+    library.allow(t, size * t.element_size())
 
 
 def forward(library: emulated.Library, case: Case, x: Inputs, seed: int = 0, cu: Any = None) -> Outputs:
-    memory, words = call(library, case, x, seed, cu)
+    memory, how, fields = call(library, case, x, seed, cu)
     out, lse = results(memory, case, x)
-    library("forward", *words, out, lse)
+    library.forward(how, internals.AttentionForward(**fields, out=out, lse=lse))
     memory.check()
     return Outputs(out.clone(), lse.clone())
 
@@ -127,13 +130,14 @@ def decode(
     library: emulated.Library, case: Case, x: Inputs, splits: tuple[int, int], seed: int = 0, cu: Any = None
 ) -> Outputs:
     """splits: their number, and keys of each."""
-    memory, words = call(library, case, x, seed, cu)
+    memory, how, fields = call(library, case, x, seed, cu)
     out, lse = results(memory, case, x)
     partial_out = memory.result(splits[0], out.numel() // case.D, case.D, dtype=torch.float32)
     partial_lse = memory.result(splits[0], lse.numel(), dtype=torch.float32)
     partial_out.fill_(torch.nan), partial_lse.fill_(torch.nan)
     most = max(q for q, _ in case.lengths)
-    library("decode", *words, out, lse, [most, *splits], partial_out, partial_lse)
+    fields |= {"out": out, "lse": lse, "partial_out": partial_out, "partial_lse": partial_lse}
+    library.decode(how, internals.AttentionDecode(**fields, most_queries=most, splits=splits[0], chunk=splits[1]))
     memory.check()
     return Outputs(out.clone(), lse.clone())
 
@@ -145,13 +149,14 @@ def results(memory: Memory, case: Case, x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(library: emulated.Library, case: Case, x: Inputs, made: Outputs, seed: int = 0, cu: Any = None) -> Outputs:
-    memory, words = call(library, case, x, seed, cu)
+    memory, how, fields = call(library, case, x, seed, cu)
     stats = memory.result(made.lse.numel(), 2, dtype=torch.float32).fill_(torch.nan)
     dq, dk, dv = (memory.result(*t.shape, dtype=t.dtype).fill_(torch.nan) for t in (x.q, x.k, x.v))
     dout, out = memory.operand(x.dout), memory.operand(made.out)
     for t in (dout, stats):
         allow(library, t)
-    library("backward", *words, dout, out, made.lse, x.dlse, stats, dq, dk, dv)
+    fields |= {"dout": dout, "out": out, "lse": made.lse, "dlse": x.dlse}
+    library.backward(how, internals.AttentionBackward(**fields, stats=stats, dq=dq, dk=dk, dv=dv))
     memory.check()
     return Outputs(made.out, made.lse, dq.clone(), dk.clone(), dv.clone())
 

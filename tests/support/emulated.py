@@ -1,27 +1,25 @@
 """Compiles CUDA kernels for the CPU: tests/cuda_emulation/emulation.h says how they run and what that shows.
 
-The C++ file exports functions that return emu::guard([&] { ... }); a Library calls them with tensors, numbers,
-sequences of integers, and None for a null pointer.
+The C++ file exports functions of tests/native/calls.h that return emu::guard([&] { ... }); a Library has them as
+attributes. What a launch ends with, a deadlock, a diverged warp, an address out of bounds, is internals.EmulationError.
 """
 
-import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from torch import Tensor
+import internals
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 KERNELS = ROOT / "csrc" / "cuda" / "kernels"
 
-
-class EmulationError(AssertionError):
-    """What a launch ended with: a deadlock, a diverged warp, an address out of bounds."""
+Library: TypeAlias = Any  # of internals.load_library
 
 
-def compile(source: Path, folder: Path, *defines: str, mutate: Callable[[Path], None] | None = None) -> "Library":
+def compile(source: Path, folder: Path, *defines: str, mutate: Callable[[Path], None] | None = None) -> Library:
     """The library of a C++ file over the kernels, or over a copy of them that `mutate` changed."""
     kernels = KERNELS
     if mutate is not None:
@@ -33,10 +31,10 @@ def compile(source: Path, folder: Path, *defines: str, mutate: Callable[[Path], 
     # no TLS wrapper: __shared__ is thread_local, and what `extern __shared__` names needs no constructor
     # -fno-gnu-unique: several libraries are in one process, each with an emulation of its own
     flags += ["-fno-extern-tls-init", "-fno-gnu-unique", "-fPIC", "-shared"]
-    includes = [f"-I{EMULATION}", f"-I{kernels}"]
+    includes = [f"-I{p}" for p in (EMULATION, kernels, internals.SOURCES)]
     flags += [f"-D{d}" for d in defines]
     subprocess.run(["g++", *flags, *includes, "-x", "c++", str(source), "-o", str(out)], check=True)
-    return Library(out)
+    return internals.load_library(str(out))
 
 
 def replace_once(path: Path, old: str, new: str) -> None:
@@ -44,36 +42,3 @@ def replace_once(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert text.count(old) == 1, f"{path.name} has {text.count(old)} times: {old}"
     path.write_text(text.replace(old, new))
-
-
-class Library:
-    """Calls exported functions that return const char*: a launch that failed is an EmulationError."""
-
-    def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-
-    def __call__(self, name: str, *arguments: Tensor | int | float | Sequence[int] | None) -> None:
-        function = getattr(self._library, name)
-        function.restype = ctypes.c_char_p
-        error = function(*map(_argument, arguments))
-        if error is not None:
-            raise EmulationError(error.decode())
-
-    def number(self, name: str, *arguments: int) -> int:
-        """What a function that returns int64_t says."""
-        function = getattr(self._library, name)
-        function.restype = ctypes.c_int64
-        return int(function(*map(_argument, arguments)))
-
-
-def _argument(value: Tensor | int | float | Sequence[int] | None) -> object:
-    """Tensors as pointers, integers as int64_t, floats as double, sequences of integers as const int64_t*."""
-    if value is None:
-        return ctypes.c_void_p(None)
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_double(value)
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    return (ctypes.c_int64 * len(value))(*value)

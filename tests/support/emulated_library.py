@@ -2,12 +2,8 @@
 g++, on CPU tensors. Inside `emulated()` the public functions of sail_ops use it, so that tests of the CPU are tests of
 the CUDA sources too: checks, plan, launches, indices and sums; not speed, nor a tensor core's rounding."""
 
-import hashlib
 import os
-import re
 import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import FOLDER, digest, run
 
 from sail_ops._backends import operators
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"
-FOLDER = Path(tempfile.gettempdir()) / f"sail_ops_emulated_{os.getuid()}"
-LAUNCH = re.compile(r"([\w<>:, ]+?)\s*<<<(.+?)>>>\(", re.S)
 # -O1: half of -O2's time to compile, and the tests' cases are small. TLS: see tests/support/emulated.py
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-extern-tls-init", "-w"]
 FLAGS += ["-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-DSAIL_EMULATE_CUDA", '-DSAIL_CUDA_ARCHS="80"']
@@ -56,37 +51,23 @@ def build(root: Path = ROOT, only: tuple[str, ...] = ()) -> Path:
     if compiler is None:
         pytest.skip("no g++ here")
     files = [p for f in (root / "csrc" / "cuda", root / "csrc" / "torch", EMULATION) for p in f.rglob("*")]
-    folder = FOLDER / _digest(*sorted(p for p in files if p.suffix in (".h", ".cuh")), Path(__file__))
+    folder = FOLDER / digest(*sorted(p for p in files if p.suffix in (".h", ".cuh")), Path(__file__))
     folder.mkdir(parents=True, exist_ok=True)
     sources = [p for p in (root / "csrc" / "cuda").glob("*.cu") if "sm90" not in p.name]
     sources = [p for p in sources if not only or p.stem in only]
     sources.append(EMULATION / "host" / "torch_cuda.cpp")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = list(threads.map(lambda source: _compile(compiler, folder, root, source), sources))
-    library = folder / f"{_digest(*objects)}.so"
+    library = folder / f"{digest(*objects)}.so"
     if not library.exists():
         torch_libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        _run(library, compiler, "-shared", *map(str, objects), *torch_libraries)
+        run(library, compiler, "-shared", *map(str, objects), *torch_libraries)
     return library
 
 
-def _digest(*files: Path) -> str:
-    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
-
-
 def _compile(compiler: str, folder: Path, root: Path, source: Path) -> Path:
-    """An object of the source, its launches without brackets, which g++ does not know."""
-    out = folder / f"{source.stem}_{_digest(source)}.o"
+    out = folder / f"{source.stem}_{digest(source)}.o"
     if not out.exists():
-        copy = folder / f"{source.stem}.{os.getpid()}.cpp"
-        copy.write_text(LAUNCH.sub(r"emulated_launch(\1, \2, ", source.read_text()))
         include = [f"-I{p}" for p in (EMULATION / "host", EMULATION, root / "csrc" / "cuda", root)]
-        _run(out, compiler, *FLAGS, *include, "-c", str(copy))
+        run(out, compiler, *FLAGS, *include, "-x", "c++", "-c", str(source))
     return out
-
-
-def _run(out: Path, *command: str) -> None:
-    """`command -o out`, so that another process never sees half a file."""
-    part = out.with_suffix(f".{os.getpid()}")
-    subprocess.run([*command, "-o", str(part)], check=True)
-    part.rename(out)

@@ -1,13 +1,14 @@
 """Calls an emulated grouped GEMM (csrc/cuda/kernels/grouped_gemm.h) with tensors, for the tests of each architecture.
 
-Operands lie between NaNs, results between NaNs that must stay: a read or write past an end shows. The exported
-functions are those of tests/cuda_emulation/grouped_gemm_sm80.cpp. R rows, E experts, D hidden, F expert width.
+Operands lie between NaNs, results between NaNs that must stay: a read or write past an end shows.
+R rows, E experts, D hidden, F expert width.
 """
 
 import math
 from typing import Any, NamedTuple
 
 import emulated
+import internals
 import torch
 from torch import Tensor
 
@@ -15,20 +16,20 @@ from sail_ops import reference, testing
 
 PAD = 64
 DTYPES = (torch.bfloat16, torch.float16)
-LAYOUTS = ("nk", "kn")
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class How(NamedTuple):
-    """How a problem is launched: tile shape (0 small, 1 medium, 2 large), order of threads, number of blocks; on sm_90a
-    in clusters of two."""
+    """How a problem is launched: tile shape, order of threads, number of blocks; on sm_90a in clusters of two."""
 
-    tiles: int = 2
+    tiles: str = "large"
     seed: int = 0
     blocks: int = 3
     paired: bool = False
 
-    def words(self, dtype: torch.dtype) -> list[int]:
-        return [DTYPES.index(dtype), self.tiles, self.seed, self.blocks, int(self.paired)]
+    def native(self, dtype: torch.dtype) -> Any:
+        tiles = getattr(internals.Tiles, self.tiles)
+        return internals.How(**self._asdict() | {"tiles": tiles, "dtype": getattr(internals.Element, ELEMENTS[dtype])})
 
 
 class Problem(NamedTuple):
@@ -137,9 +138,10 @@ def _apart(t: Tensor, stride: int) -> Tensor:
 
 
 class RowsCall(NamedTuple):
-    """The arguments that all functions of a RowsProblem share, and the operands as the reference takes them."""
+    """How, a RowsProblem, and the operands as the reference takes them."""
 
-    words: tuple[Any, ...]
+    how: Any
+    problem: Any
     a: Tensor  # [rows, K]
     b: Tensor  # [E, N or 2 N, K]
 
@@ -170,9 +172,18 @@ def rows_call(
         )
         pair = memory.operand(torch.stack([_padded(t, rows_of_b) for t in (first, second)]), p.shift, p.pitch)
         first, second, expert = pair[0], pair[1], pair.stride(1)
-    strides = [held.stride(0), expert, row, split, LAYOUTS.index(layout), int(zero_tail)]
-    words = (how.words(dtype), held, index, first, second, p.offsets(), strides, [p.R, p.E, p.N, p.K])
-    return RowsCall(words, a, b)
+    problem = internals.RowsProblem(
+        a=internals.Rows(data=held, stride=held.stride(0), index=index),
+        b=internals.Stacked(first=first, second=second, expert_stride=expert, row_stride=row, split=split),
+        layout=getattr(internals.Layout, layout),
+        offsets=p.offsets(),
+        R=p.R,
+        E=p.E,
+        N=p.N,
+        K=p.K,
+        zero_tail=zero_tail,
+    )
+    return RowsCall(how.native(dtype), problem, a, b)
 
 
 def _padded(t: Tensor, rows: int) -> Tensor:
@@ -209,7 +220,8 @@ def store_rows(
     bias_EN = memory.operand(testing.random(p.E, p.N, dtype=dtype, seed=2)) if bias else None
     weight_R = memory.operand(testing.random(p.R, seed=3).sigmoid()) if weight else None
     out = memory.result(p.R, p.N, dtype=dtype)
-    library("store_rows", *call.words, out, p.N, bias_EN, weight_R)
+    to = internals.StoreRows(out=out, out_stride=p.N, bias=bias_EN, weight=weight_R)
+    library.store_rows(call.how, call.problem, to)
     memory.check()
 
     def eager(a: Tensor, b: Tensor, like: torch.dtype) -> Tensor:
@@ -243,8 +255,11 @@ def gated_forward(
     bias_E2F = memory.operand(testing.random(p.E, 2 * p.N, dtype=dtype, seed=2)) if bias else None
     h = memory.result(p.R, 2 * p.N, dtype=dtype) if "h" in want else None
     a = memory.result(p.R, p.N, dtype=dtype) if "a" in want else None
-    act = list(reference.ACTIVATIONS).index(activation)
-    library("gated_forward", *call.words, bias_E2F, h, a, act, math.inf if clamp is None else float(clamp))
+    limit = math.inf if clamp is None else clamp
+    to = internals.GatedForward(
+        bias=bias_E2F, h=h, a=a, activation=getattr(internals.Activation, activation), clamp=limit
+    )
+    library.gated_forward(call.how, call.problem, to)
     memory.check()
 
     def eager(x: Tensor, b: Tensor, like: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -282,9 +297,16 @@ def gated_backward(
     dh = memory.result(p.R, 2 * p.N, dtype=dtype)
     a_weighted = memory.result(p.R, p.N, dtype=dtype)
     dot = memory.result(-(-p.N // 64), p.R, dtype=torch.float32)
-    act = list(reference.ACTIVATIONS).index(activation)
-    limit = math.inf if clamp is None else float(clamp)
-    library("gated_backward", *call.words, h, weight_R, dh, a_weighted, dot, act, limit)
+    to = internals.GatedBackward(
+        h=h,
+        weight=weight_R,
+        dh=dh,
+        a_weighted=a_weighted,
+        dot=dot,
+        activation=getattr(internals.Activation, activation),
+        clamp=math.inf if clamp is None else clamp,
+    )
+    library.gated_backward(call.how, call.problem, to)
     memory.check()
 
     def eager(dy: Tensor, down: Tensor, like: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,23 +347,20 @@ def wgrad(
     before = testing.random(*shape, seed=7).to(kind)
     out = memory.result(*shape, dtype=kind, value=before if accumulate else None)
     parts = [_apart(part, p.expert_stride) if p.expert_stride else part for part in out]
-    strides = [parts[0].stride(0), p.K, split, int(fp32), int(accumulate)]
-    second = parts[1] if two_parts else None
-    sizes = [p.R, p.E, p.N, p.K]
-    library(
-        "wgrad",
-        how.words(dtype),
-        held_a,
-        index_a,
-        held_b,
-        index_b,
-        p.offsets(),
-        [held_a.stride(0), held_b.stride(0)],
-        sizes,
-        parts[0],
-        second,
-        strides,
+    problem = internals.WgradProblem(
+        a=internals.Rows(data=held_a, stride=held_a.stride(0), index=index_a),
+        b=internals.Rows(data=held_b, stride=held_b.stride(0), index=index_b),
+        offsets=p.offsets(),
+        R=p.R,
+        E=p.E,
+        M=p.N,
+        N=p.K,
     )
+    second = parts[1] if two_parts else None
+    to = internals.StackedOut(
+        first=parts[0], second=second, expert_stride=parts[0].stride(0), row_stride=p.K, split=split
+    )
+    library.wgrad(how.native(dtype), problem, internals.StoreGrad(out=to, fp32=fp32, accumulate=accumulate))
     memory.check()
 
     joined = torch.cat([parts[0][:, :split], parts[1][:, : p.N - split]], 1)

@@ -10,6 +10,7 @@ import torch
 
 import sail_ops
 from sail_ops import reference, testing
+from sail_ops.linear import own_linear
 
 
 def rms_norm(dtype: torch.dtype) -> None:
@@ -72,6 +73,12 @@ def linear_cross_entropy_chunks(dtype: torch.dtype) -> None:
 
 def z_loss(dtype: torch.dtype) -> None:
     linear_cross_entropy(dtype, z_loss=0.1)
+
+
+def linear(dtype: torch.dtype) -> None:
+    x, bias = (testing.random(*shape, dtype=dtype).requires_grad_() for shape in ((37, 64), (70,)))
+    weight = testing.random(70, 80, dtype=dtype, scale=0.25, seed=1)[:, :64].detach().requires_grad_()
+    testing.check_op(own_linear, reference.linear, x, weight, bias)
 
 
 def swiglu(dtype: torch.dtype) -> None:

@@ -8,18 +8,21 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 
 from sail_model import SailVL2ForConditionalGeneration
-from training import checkpoint
+from training import checkpoint, cli
 from training.data import easy_vqa
 from training.metrics import read_lines
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 LIMIT = 240  # seconds: a run takes about 10, but other work may hold the cores
 STEPS, HALF = 8, 4
@@ -228,16 +231,28 @@ LONG = line(question="what? " * 2000)
     ids=["resume", "no question", "long question", "nothing held out", "long question held out"],
 )
 def test_errors_of_the_user_are_one_line_and_come_before_training(
-    module: str, lines: str | None, error: str, tmp_path: Path
+    module: str,
+    lines: str | None,
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["--resume", str(tmp_path)]
     if lines is not None:
         (tmp_path / "data.jsonl").write_text(lines)
         arguments = ["--data", str(tmp_path / "data.jsonl"), "--steps", "1", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        command(1, module, *arguments), env=environment(), cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert re.match(rf"error: (.*/)?{error}", last) and "Traceback" not in done.stderr
+    main = import_module("training.__main__" if module == "training" else module).main
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with patch.dict(os.environ), pytest.raises(SystemExit) as stop:  # a run sets what torchrun would
+        cli.run(main)
+    assert stop.value.code == 2
+    assert re.fullmatch(rf"error: (.*/)?{error}.*", capsys.readouterr().err.strip())
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_the_user_ends_the_command(tmp_path: Path) -> None:
+    arguments = command(1, "training", "--resume", str(tmp_path))
+    done = subprocess.run(arguments, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr

@@ -4,6 +4,7 @@
 #error "build with -DNDEBUG: CUTLASS's device asserts serialize wgmma"
 #endif
 #include "../kernels/cutlass_groups.cuh"
+#include "../launcher.h"
 #include "grouped_mm.h"
 
 #include <cutlass/cutlass.h>
@@ -69,28 +70,25 @@ template <class T> int64_t workspace(const RowsProblem& p, const Launch& launch)
   return described + static_cast<int64_t>(Config<T>::Gemm::get_workspace_size(arguments<T>(p, g, launch.sm_count)));
 }
 
-void check(cudaError_t e) {
-  if (e != cudaSuccess) throw std::runtime_error(std::string("sail_ops: grouped GEMM: CUDA: ") + cudaGetErrorString(e));
-}
 void check(cutlass::Status s) {
   if (s != cutlass::Status::kSuccess)
     throw std::runtime_error(std::string("sail_ops: grouped GEMM: CUTLASS: ") + cutlassGetStatusString(s));
 }
 
 template <class T> void run(const RowsProblem& p, const StoreRows& out, const Launch& launch, char* memory) {
-  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  const Stream stream = stream_of(launch);
   typename Described<T>::Type g;
   char* rest = memory + g.place(memory, p.E);
-  describe_groups_kernel<<<static_cast<unsigned>((p.E + 127) / 128), 128, 0, stream>>>(p, out, g);
+  cuda::launch(describe_groups_kernel<T, ProblemShape::UnderlyingProblemShape, typename Described<T>::Stride>,
+               (p.E + 127) / 128, 128, 0, stream, p, out, g);
   if (p.zero_tail)
-    zero_tail_kernel<<<4 * launch.sm_count, 256, 0, stream>>>(static_cast<uint4*>(out.out), p.offsets + p.E, p.R,
-                                                              p.N / 8);
-  check(cudaGetLastError());
+    cuda::launch(zero_tail_kernel, 4 * launch.sm_count, 256, 0, stream, static_cast<uint4*>(out.out), p.offsets + p.E,
+                 p.R, p.N / 8);
   typename Config<T>::Gemm gemm;
   const auto a = arguments<T>(p, g, launch.sm_count);
   check(gemm.can_implement(a));
-  check(gemm.initialize(a, rest, stream));
-  check(gemm.run(stream));
+  check(gemm.initialize(a, rest, stream.handle));
+  check(gemm.run(stream.handle));
 }
 
 int64_t workspace_of(const RowsProblem& p, const Launch& launch) {

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   load(left, ring);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpM;
-  const auto row = [&](int i, int half) { return warp_row + 16 * i + 8 * half + lane_row(); };
+  const auto row = [&](int i, int octet) { return warp_row + 16 * i + 8 * octet + lane_row(); };
   __shared__ float2 stats[Shape::kM];
   for (int m = static_cast<int>(threadIdx.x); m < Shape::kM; m += Shape::kThreads) {
     stats[m] = {INFINITY, 0.f};  // P = 0
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
       for (int i = 0; i < kF; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) mask(p[i], half, last(row(i, half)), 0.f);
+        for (int octet = 0; octet < 2; octet++) mask(p[i], octet, last(row(i, octet)), 0.f);
     }
 #pragma unroll
     for (int i = 0; i < kF; i++)
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     key_tile = other;
   }
   ptx::cp_async_wait<0>();
-  const auto to = [&](int i, int half) {
-    const int m = row(i, half);
+  const auto to = [&](int i, int octet) {
+    const int m = row(i, octet);
     T* out = static_cast<T*>(a.dq) + flat_row(a.S, a.H, D, s.batch, s.q0 + w.first + m, w.head);
     return m < w.count ? out : nullptr;
   };
@@ -233,8 +233,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
   ptx::cp_async_wait<0>();
   const auto to = [&](void* out) {
-    return [&, out](int i, int half) {
-      const int m = warp_row + 16 * i + 8 * half + lane_row();
+    return [&, out](int i, int octet) {
+      const int m = warp_row + 16 * i + 8 * octet + lane_row();
       T* row = static_cast<T*>(out) + flat_row(a.L, a.G, D, s.batch, s.k0 + block.first + m, g);
       return m < count ? row : nullptr;
     };

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Shape::kWarpM;
   const uint32_t warp_queries = queries + warp_row * Queries::kPitch;
   const float scale = fmaxf(fabsf(a.scale) * kLog2E, 1e-30f);  // positive: a masked score is -inf
-  const auto row = [&](int i, int half) { return warp_row + 16 * i + 8 * half + lane_row(); };
+  const auto row = [&](int i, int octet) { return warp_row + 16 * i + 8 * octet + lane_row(); };
   Softmax<kF> softmax;
   Fragments<kF, Shape::kD> o;
   clear(o);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
 #pragma unroll
       for (int i = 0; i < kF; i++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) mask(p[i], half, last(row(i, half)), -INFINITY);
+        for (int octet = 0; octet < 2; octet++) mask(p[i], octet, last(row(i, octet)), -INFINITY);
     }
     softmax.update(p, scale);
     softmax.rescale(o);
@@ -126,24 +126,24 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) attention_for
 #pragma unroll
   for (int i = 0; i < kF; i++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int m = row(i, half);
+    for (int octet = 0; octet < 2; octet++) {
+      const int m = row(i, octet);
       if (m >= w.count || threadIdx.x % 4) continue;
-      const float log2_sum = softmax.log2_sum(i, half, scale);
+      const float log2_sum = softmax.log2_sum(i, octet, scale);
       if constexpr (kSplit) a.partial_lse[w.split * a.rows() + at(m)] = log2_sum;
       if constexpr (!kSplit) a.lse[at(m)] = log2_sum * kLn2;
     }
-  const auto factor = [&](int i, int half) { return softmax.inverse(i, half); };
+  const auto factor = [&](int i, int octet) { return softmax.inverse(i, octet); };
   if constexpr (kSplit) {
     if (w.n1 <= w.n0) return;  // attention_combine_kernel reads no row whose lse is -inf
-    const auto to = [&](int i, int half) {
-      const int m = row(i, half);
+    const auto to = [&](int i, int octet) {
+      const int m = row(i, octet);
       return m < w.count ? a.partial_out + (w.split * a.rows() + at(m)) * D : nullptr;
     };
     store_rows(o, D, to, factor);
   } else {
-    const auto to = [&](int i, int half) {
-      const int m = row(i, half);
+    const auto to = [&](int i, int octet) {
+      const int m = row(i, octet);
       T* out = static_cast<T*>(a.out) + flat_row(a.S, a.H, D, s.batch, s.q0 + w.first + m, w.head);
       return m < w.count ? out : nullptr;
     };

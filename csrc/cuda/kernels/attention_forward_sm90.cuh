@@ -202,7 +202,7 @@ __device__ __forceinline__ void consume(const AttentionForward& a, ForwardShared
   const int group = static_cast<int>(threadIdx.x) / 128 - 1;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 - 64;
   const float scale = fmaxf(fabsf(a.scale) * kLog2E, 1e-30f);  // positive: a masked score is -inf
-  const auto row = [&](int half) { return warp_row + 8 * half + lane_row(); };
+  const auto row = [&](int octet) { return warp_row + 8 * octet + lane_row(); };
   const Turns<Shape> turns{group};
   Softmax<1> softmax;
   Fragments<1, Shape::kD> o;
@@ -215,7 +215,7 @@ __device__ __forceinline__ void consume(const AttentionForward& a, ForwardShared
       const auto last = [&](int m) { return min(w.end - 1, w.first + m + w.behind) - i * Shape::kN; };
       if (last(warp_row) < Shape::kN - 1) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) mask(p[0], half, last(row(half)), -INFINITY);
+        for (int octet = 0; octet < 2; octet++) mask(p[0], octet, last(row(octet)), -INFINITY);
       }
       softmax.update(p, scale);
     };
@@ -251,13 +251,13 @@ __device__ __forceinline__ void consume(const AttentionForward& a, ForwardShared
   softmax.finish();
   T* out = static_cast<T*>(a.out) + flat_row(a.S, a.H, a.D, w.s.batch, w.s.q0 + w.first, w.head);
 #pragma unroll
-  for (int half = 0; half < 2; half++)
-    if (row(half) < w.count && threadIdx.x % 4 == 0)
-      a.lse[lse_at(a, w.s, w.first + row(half), w.head)] = softmax.log2_sum(0, half, scale) * kLn2;
+  for (int octet = 0; octet < 2; octet++)
+    if (row(octet) < w.count && threadIdx.x % 4 == 0)
+      a.lse[lse_at(a, w.s, w.first + row(octet), w.head)] = softmax.log2_sum(0, octet, scale) * kLn2;
   store_rows(
       o, static_cast<int>(a.D),
-      [&](int, int half) { return row(half) < w.count ? out + row(half) * a.H * a.D : nullptr; },
-      [&](int, int half) { return softmax.inverse(0, half); });
+      [&](int, int octet) { return row(octet) < w.count ? out + row(octet) * a.H * a.D : nullptr; },
+      [&](int, int octet) { return softmax.inverse(0, octet); });
 }
 
 template <class T, class Shape>

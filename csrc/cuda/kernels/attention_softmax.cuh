@@ -9,7 +9,7 @@ constexpr float kLn2 = 0.6931471805599453f, kLog2E = 1.4426950408889634f;
 
 template <int kF, int kColumns> using Fragments = float[kF][kColumns / 8][4];  // 16 kF rows of a warp
 
-// ---- what a lane has of a warp's fragments: rows lane / 4 + 8 * (2 i + half), columns 2 * (lane % 4) + 8 j and the next
+// ---- what a lane has of a warp's fragments: rows lane / 4 + 8 * (2 i + octet), columns 2 * (lane % 4) + 8 j and the next
 __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
 __device__ __forceinline__ int lane_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
 
@@ -23,12 +23,12 @@ template <int kF, int kN8> __device__ __forceinline__ void clear(float (&c)[kF][
 }
 
 // Sets the columns after `last` to `to`.
-template <int kN8> __device__ __forceinline__ void mask(float (&s)[kN8][4], int half, int last, float to) {
+template <int kN8> __device__ __forceinline__ void mask(float (&s)[kN8][4], int octet, int last, float to) {
 #pragma unroll
   for (int j = 0; j < kN8; j++)
 #pragma unroll
     for (int e = 0; e < 2; e++)
-      if (8 * j + e > last - lane_column()) s[j][2 * half + e] = to;
+      if (8 * j + e > last - lane_column()) s[j][2 * octet + e] = to;
 }
 
 template <int kF, int kN8> __device__ __forceinline__ void negate(float (&s)[kF][kN8][4]) {
@@ -40,22 +40,22 @@ template <int kF, int kN8> __device__ __forceinline__ void negate(float (&s)[kF]
       for (int e = 0; e < 4; e++) s[i][j][e] = -s[i][j][e];
 }
 
-// Stores factor(i, half) * rows; to(i, half) is where row 16 i + 8 half + lane_row() goes, null: nowhere.
+// Stores factor(i, octet) * rows; to(i, octet) is where row 16 i + 8 octet + lane_row() goes, null: nowhere.
 template <int kF, int kD8, class To, class Factor>
 __device__ __forceinline__ void store_rows(const float (&c)[kF][kD8][4], int D, To to, Factor factor) {
 #pragma unroll
   for (int i = 0; i < kF; i++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      auto* row = to(i, half);
-      const float f = factor(i, half);
+    for (int octet = 0; octet < 2; octet++) {
+      auto* row = to(i, octet);
+      const float f = factor(i, octet);
 #pragma unroll
       for (int j = 0; j < kD8; j += 4) {
         float2 pairs[4] = {};
         float v[8];
 #pragma unroll
         for (int t = 0; t < 4; t++)
-          if (j + t < kD8) pairs[t] = {c[i][j + t][half * 2] * f, c[i][j + t][half * 2 + 1] * f};
+          if (j + t < kD8) pairs[t] = {c[i][j + t][octet * 2] * f, c[i][j + t][octet * 2 + 1] * f};
         turn_quad(pairs);
 #pragma unroll
         for (int t = 0; t < 4; t++) v[2 * t] = pairs[t].x, v[2 * t + 1] = pairs[t].y;
@@ -98,8 +98,8 @@ template <int kF> struct Softmax {
     for (int i = 0; i < kF; i++) max[i][0] = max[i][1] = -INFINITY, sum[i][0] = sum[i][1] = 0.f;
   }
   // What is taken off the scores: a row that has seen nothing has no maximum.
-  __device__ __forceinline__ float base(int i, int half, float scale) const {
-    return max[i][half] == -INFINITY ? 0.f : __fmul_rn(max[i][half], scale);
+  __device__ __forceinline__ float base(int i, int octet, float scale) const {
+    return max[i][octet] == -INFINITY ? 0.f : __fmul_rn(max[i][octet], scale);
   }
 
   // scores -> probabilities, not yet divided. What was summed under the old maximum is to be multiplied by `factor`.
@@ -108,26 +108,26 @@ template <int kF> struct Softmax {
 #pragma unroll
     for (int i = 0; i < kF; i++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float old = max[i][half];
+      for (int octet = 0; octet < 2; octet++) {
+        const float old = max[i][octet];
         float m = old;
 #pragma unroll
-        for (int j = 0; j < kN8; j++) m = fmaxf(m, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        for (int j = 0; j < kN8; j++) m = fmaxf(m, fmaxf(s[i][j][2 * octet], s[i][j][2 * octet + 1]));
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-        max[i][half] = m;
-        const float off = base(i, half, scale);
-        factor[i][half] = ptx::exp2(__fmul_rn(old, scale) - off);  // exactly 1 where the maximum stays
+        max[i][octet] = m;
+        const float off = base(i, octet, scale);
+        factor[i][octet] = ptx::exp2(__fmul_rn(old, scale) - off);  // exactly 1 where the maximum stays
         changed = changed || m != old;
-        float total = sum[i][half] * factor[i][half];
+        float total = sum[i][octet] * factor[i][octet];
 #pragma unroll
         for (int j = 0; j < kN8; j++)
 #pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; e++) {
+          for (int e = 2 * octet; e < 2 * octet + 2; e++) {
             s[i][j][e] = ptx::exp2(fmaf(s[i][j][e], scale, -off));
             total += s[i][j][e];
           }
-        sum[i][half] = total;
+        sum[i][octet] = total;
       }
   }
   template <int kD8> __device__ __forceinline__ void rescale(float (&o)[kF][kD8][4]) const {
@@ -145,16 +145,16 @@ template <int kF> struct Softmax {
 #pragma unroll
     for (int i = 0; i < kF; i++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 1);
-        sum[i][half] += __shfl_xor_sync(~0u, sum[i][half], 2);
+      for (int octet = 0; octet < 2; octet++) {
+        sum[i][octet] += __shfl_xor_sync(~0u, sum[i][octet], 1);
+        sum[i][octet] += __shfl_xor_sync(~0u, sum[i][octet], 2);
       }
   }
-  __device__ __forceinline__ float log2_sum(int i, int half, float scale) const {
-    return base(i, half, scale) + log2f(sum[i][half]);
+  __device__ __forceinline__ float log2_sum(int i, int octet, float scale) const {
+    return base(i, octet, scale) + log2f(sum[i][octet]);
   }
-  __device__ __forceinline__ float inverse(int i, int half) const {
-    return sum[i][half] == 0.f ? 0.f : 1.f / sum[i][half];
+  __device__ __forceinline__ float inverse(int i, int octet) const {
+    return sum[i][octet] == 0.f ? 0.f : 1.f / sum[i][octet];
   }
 };
 }  // namespace sail::cuda

@@ -103,6 +103,7 @@ struct Launch {
   int sm_count;
   int64_t shared_limit;   // bytes of shared memory a block may have: cudaDevAttrMaxSharedMemoryPerBlockOptin
   void* stream;           // cudaStream_t
+  const char* op;         // for errors: the operator that launches
   bool clusters = false;  // sm90: pairs of blocks share B where choose_pairs agrees
 };
 

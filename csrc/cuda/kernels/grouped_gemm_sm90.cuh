@@ -212,14 +212,14 @@ __device__ __forceinline__ void produce_boxes(const RowsArguments<Out>& args, Sh
     if (!gathers) ptx::tma_load(a, &args.a, full, second ? steps.split + part_k : part_k, t.row, 0);
     constexpr int kBoxes = kLayout == Layout::nk ? 2 : kTileN / kBoxElements;  // of B, 128 rows or 64 columns each
 #pragma unroll
-    for (int i = 0; i < kBoxes; i++) {
+    for (int box = 0; box < kBoxes; box++) {
       const bool nk = kLayout == Layout::nk;
-      const CUtensorMap* map = &args.b[nk ? kGated * i : second];
-      unsigned char* to = b + i * (sizeof(s.b[0]) / kBoxes);
-      const int x = nk ? part_k : n + i * kBoxElements, y = !nk ? part_k : kGated ? n : n + i * (kTileN / 2);
+      const CUtensorMap* map = &args.b[nk ? kGated * box : second];
+      unsigned char* to = b + box * (sizeof(s.b[0]) / kBoxes);
+      const int x = nk ? part_k : n + box * kBoxElements, y = !nk ? part_k : kGated ? n : n + box * (kTileN / 2);
       if (!t.shares_b)
         ptx::tma_load(to, map, full, x, y, t.expert);
-      else if (i / (kBoxes / 2) == (blockIdx.x & 1))
+      else if (box / (kBoxes / 2) == (blockIdx.x & 1))
         ptx::tma_load_to(3, to, map, full, x, y, t.expert);
     }
   });
@@ -235,9 +235,9 @@ __device__ __forceinline__ void produce_gathered(const RowsArguments<Out>& args,
   for_steps(args, n_tiles, [&](const RowTile& t, int i, int slot, uint32_t parity) {
     if (!i && multiplies(args.problem, t)) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int r = t.row + thread / 8 + (lane % 8 + half * 8) * 8;
-        rows[half] = r < t.row_end ? from.index[r] : -1;
+      for (int part = 0; part < 2; part++) {
+        const int r = t.row + thread / 8 + (lane % 8 + part * 8) * 8;
+        rows[part] = r < t.row_end ? from.index[r] : -1;
       }
     }
     const int k = i >= steps.first ? steps.split + (i - steps.first) * kTileK : i * kTileK;

@@ -15,7 +15,8 @@ def head_of(model: Any) -> Any:
 
     def is_plain(head: Any) -> bool:
         # a subclass of another forward, as a quantized one, has another weight too
-        unchanged = getattr(type(head), "forward", None) is nn.Linear.forward and "forward" not in head.__dict__
+        kind = vars(type(head)).get(BASE, type(head))
+        unchanged = getattr(kind, "forward", None) is nn.Linear.forward and "forward" not in head.__dict__
         return unchanged and head.bias is None
 
     want = "torch.nn.Linear without bias, adapter or hooks"

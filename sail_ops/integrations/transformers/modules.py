@@ -36,6 +36,11 @@ def norm_forward(self: Any, x: Tensor) -> Tensor:
     return sail_ops.rms_norm(rows, self.weight, self.variance_epsilon)
 
 
+def linear_forward(self: Any, input: Tensor) -> Tensor:
+    """`linear` in place of `F.linear`."""
+    return sail_ops.linear(input, self.weight, self.bias)
+
+
 def check_mlp(mlp: Any) -> None:
     """ValueError unless its gate is silu's."""
     probe = torch.linspace(-4, 4, 9)

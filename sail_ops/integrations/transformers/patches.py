@@ -1,9 +1,10 @@
-"""`apply(model)`: experts, attention, norms, rotary embedding, MLPs and loss of a transformers model by `sail_ops`.
+"""`apply(model)`: experts, attention, norms, rotary embedding, MLPs, linear layers and loss by `sail_ops`.
 
-Qwen3, Qwen3-MoE and Aimv2 modules are known, by the names of their classes. A patched module's class becomes a subclass
-of its own with another forward, as torch.nn.utils.parametrize does it: a copy, a pickle or an average of the model is
-patched as the model is, and `isinstance`, names and signatures answer as before. Weights and checkpoints are never
-touched. What was the model's choice of attention and experts is kept on the model, for `revert(model)`.
+Qwen3, Qwen3-MoE and Aimv2 modules of transformers are known, by the names of their classes, and the plain nn.Linear of
+a model that has one. A patched module's class becomes a subclass of its own with another forward, as
+torch.nn.utils.parametrize does it: a copy, a pickle or an average of the model is patched as the model is, and
+`isinstance`, names and signatures answer as before. Weights and checkpoints are never touched. What was the model's
+choice of attention and experts is kept on the model, for `revert(model)`.
 """
 
 import inspect
@@ -14,7 +15,17 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .causal_lm import causal_lm_forward, head_of
-from .modules import BASE, NORMS, PARAMETERS, attention_forward, check_mlp, head_norms, mlp_forward, norm_forward
+from .modules import (
+    BASE,
+    NORMS,
+    PARAMETERS,
+    attention_forward,
+    check_mlp,
+    head_norms,
+    linear_forward,
+    mlp_forward,
+    norm_forward,
+)
 from .registration import register
 
 _CHOICES = "_sail_choices"  # on a patched model: its implementations of attention and experts before
@@ -34,6 +45,8 @@ PATCHES = {
     **dict.fromkeys(("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"), Patch(causal_lm_forward, head_of)),
 }
 
+LINEAR = Patch(linear_forward)  # of every plain nn.Linear of a model that has one of these
+
 
 def apply(model: nn.Module) -> nn.Module:
     """Patch every module that we know, inside `model`; returns it. ValueError where there is none, or it was done.
@@ -49,6 +62,7 @@ def apply(model: nn.Module) -> nn.Module:
     found = [(module, PATCHES[type(module).__name__]) for module in model.modules() if _is_known(module)]
     if not found:
         raise ValueError(f"sail_ops: apply: {type(model).__name__} has none of {', '.join(sorted(PATCHES))}")
+    found += [(module, LINEAR) for module in model.modules() if _is_plain_linear(module)]
     for module, patch in found:
         if "forward" in module.__dict__:
             raise ValueError(
@@ -91,10 +105,15 @@ def _is_known(module: nn.Module) -> bool:
     return type(module).__name__ in PATCHES
 
 
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Not an adapter's or a quantized one; one with a forward of its own keeps it, as nothing of ours is lost."""
+    return type(module) is nn.Linear and "forward" not in module.__dict__
+
+
 @cache
 def patched(base: Any) -> Any:
     """The subclass of a known class with our forward, under the same name."""
-    ours = PATCHES[base.__name__].forward
+    ours = (LINEAR if base is nn.Linear else PATCHES[base.__name__]).forward
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,9 @@
 #pragma once
 #include <stdlib.h>
 
+#include <map>
+#include <utility>
+
 #include "../cuda_runtime.h"
 
 using cudaStream_t = void*;
@@ -19,10 +22,19 @@ enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 struct cudaDeviceProp {
   char name[256];
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    uint3 clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 namespace emu {
@@ -36,6 +48,9 @@ struct EmulatedCard {
   }
 };
 inline uint64_t launches = 0;  // each launch has another order of threads
+inline cudaError_t last_error = cudaSuccess;
+inline cudaError_t refuse() { return last_error = cudaErrorInvalidValue; }
+inline std::map<const void*, size_t> shared_granted;  // to a kernel, above the 48 KB that any may have
 }  // namespace emu
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
@@ -50,33 +65,32 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   strcpy(properties->name, "the emulator");
   return cudaSuccess;
 }
-template <class F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
-  return bytes <= emu::EmulatedCard().shared_limit ? cudaSuccess : cudaErrorInvalidValue;
-}
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "invalid value"; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  memcpy(to, from, bytes);
+template <class F> cudaError_t cudaFuncSetAttribute(F* f, cudaFuncAttribute, int bytes) {
+  if (bytes > emu::EmulatedCard().shared_limit) return emu::refuse();
+  emu::shared_granted[reinterpret_cast<const void*>(f)] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
+inline cudaError_t cudaGetLastError() { return std::exchange(emu::last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "invalid value"; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                                      size_t height, cudaMemcpyKind, cudaStream_t) {
+  if (to_pitch < width || from_pitch < width) return emu::refuse();
   for (size_t i = 0; i < height; i++)
     memcpy(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
   return cudaSuccess;
 }
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... args) {
+  const size_t granted = emu::shared_granted[reinterpret_cast<const void*>(kernel)];
+  const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  if (!config->gridDim.count() || config->gridDim.x % cluster ||
+      config->dynamicSmemBytes > std::max<size_t>(granted, 48 << 10))
+    return emu::refuse();
   emu::Options options;
   options.seed = emu::launches++;
   options.shared_bytes = config->dynamicSmemBytes;
+  options.cluster = cluster;
   emu::launch(config->gridDim, config->blockDim, options, [&] { kernel(args...); });
   return cudaSuccess;
-}
-// What kernel<<<grid, block, bytes, stream>>>(args) becomes before g++ sees it.
-template <class... P, class... A>
-void emulated_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, cudaStream_t stream, const A&... args) {
-  const cudaLaunchConfig_t config = {grid, block, bytes, stream};
-  cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
