@@ -7,7 +7,7 @@
 namespace sail::cpu::SAIL_ISA {
 constexpr int kDotRows = W == 16 ? 4 : W == 8 ? 3 : 2;  // accumulators: kDotRows x 4 of the 32 or 16 registers
 constexpr int kDotCols = 4;
-constexpr int64_t kDotChain = 128;
+constexpr int64_t kDotChain = W == 4 ? 128 : 32;  // vectors of a chunk of k
 
 // c[0..3] = lane sums of four accumulators
 static inline void sum4(const vf* a, float* c) {
@@ -27,37 +27,48 @@ static inline void sum4(const vf* a, float* c) {
 #endif
 }
 
-// AHEAD rows of B from `next` on are prefetched along the way, in the order of their addresses.
+// acc += one vector of every row along k; `some` as in Operand
+template <class T, int PART, int MR, int NR, class... Some>
+static inline void dot_step(vf acc[MR][NR], const T* const* a, const T* b, int64_t ldb, int64_t k, Some... some) {
+  typedef Operand<T> Op;
+  typename Op::Vec x[MR];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; i++) x[i] = Op::template part_k<PART>(a[i] + k, some...);
+#pragma GCC unroll 4
+  for (int j = 0; j < NR; j++) {
+    const typename Op::Vec w = Op::template part_k<PART>(b + j * ldb + k, some...);
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; i++) acc[i][j] = Op::mac(acc[i][j], x[i], w);
+  }
+}
+
+// C[MR, NR]. AHEAD rows of B from `next` on are prefetched along the way, in the order of their addresses.
 template <class T, int MR, int NR, int AHEAD>
 static inline void dot_tile(const T* const* a, const T* b, int64_t ldb, int64_t K, const T* next, float* c,
                             int64_t ldc) {
   typedef Operand<T> Op;
+  constexpr int64_t kStep = Op::LOAD * Op::PARTS;
   vf acc[MR][NR] = {};
   [[maybe_unused]] vf total[MR][NR] = {};  // narrow vectors: chains of kDotChain are summed on their own
-  int64_t k = 0;
-  for (; k + Op::LOAD <= K; k += Op::LOAD) {
-    typename Op::Vec x[MR];
+  const int64_t whole = K / kStep * kStep;
+  const int64_t chunk = W == 4 || Op::PARTS == 2 ? kDotChain * kStep : whole;
+  for (int64_t k0 = 0; k0 < whole; k0 += chunk) {
+    const int64_t k1 = whole - k0 < chunk ? whole : k0 + chunk;
+    for (int64_t k = k0; k < k1; k += kStep) {
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; i++) x[i] = Op::load_k(a[i] + k);
-#pragma GCC unroll 4
-    for (int j = 0; j < AHEAD; j++) __builtin_prefetch(next + k * AHEAD + j * Op::LOAD, 0, 2);
-#pragma GCC unroll 4
-    for (int j = 0; j < NR; j++) {
-      const typename Op::Vec w = Op::load_k(b + j * ldb + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < MR; i++) acc[i][j] = Op::mac(acc[i][j], x[i], w);
+      for (int j = 0; j < AHEAD; j++) __builtin_prefetch(next + k * AHEAD + j * kStep, 0, 2);
+      dot_step<T, 0, MR, NR>(acc, a, b, ldb, k);
     }
-    if constexpr (W == 4) {
-      if (k / Op::LOAD % kDotChain != kDotChain - 1) continue;
+    if constexpr (Op::PARTS == 2)  // a loop of its own: both parts of 7 rows beside 12 sums would not fit the registers
+      for (int64_t k = k0; k < k1; k += kStep) dot_step<T, 1, MR, NR>(acc, a, b, ldb, k);
+    if constexpr (W == 4)
       for (int i = 0; i < MR; i++)
         for (int j = 0; j < NR; j++) total[i][j] += acc[i][j], acc[i][j] = vf{};
-    }
   }
-  if (k < K) {
-    const int n = static_cast<int>(K - k);
-    for (int j = 0; j < NR; j++)
-      for (int i = 0; i < MR; i++)
-        acc[i][j] = Op::mac(acc[i][j], Op::load_k(a[i] + k, n), Op::load_k(b + j * ldb + k, n));
+  if (whole < K) {
+    const int some = static_cast<int>(K - whole);
+    dot_step<T, 0, MR, NR>(acc, a, b, ldb, whole, some);
+    if constexpr (Op::PARTS == 2) dot_step<T, 1, MR, NR>(acc, a, b, ldb, whole, some);
   }
   for (int i = 0; i < MR; i++) {
     if constexpr (W == 4)

@@ -15,6 +15,7 @@ constexpr int kGroupStride = kGroups + 16;    // of a packed A row: no power of 
 
 // Where a tile's B comes from: a packed panel, or the rows of the matrix (FULL: all columns and both rows of a pair exist).
 template <class T> struct PackedB {
+  static constexpr bool packed = true;
   const typename Operand<T>::Group* p;
   void get(int64_t g, typename Operand<T>::Vec b[2]) const {
     b[0] = Operand<T>::load_group(p + g * kPanel);
@@ -22,6 +23,7 @@ template <class T> struct PackedB {
   }
 };
 template <class T, bool FULL> struct RowsB {
+  static constexpr bool packed = false;
   const T* p;
   int64_t ld, rows, columns;
   void get(int64_t g, typename Operand<T>::Vec b[2]) const {
@@ -36,6 +38,19 @@ template <class T> struct Ahead {
   const T* p;  // null: nothing
   int64_t ld;
 };
+
+// B's panel into the first-level cache, widened once for all tiles of rows. fp32 gains from it only where a row of a panel
+// is one cache line, which B's stride keeps bringing to the same sets; pairs of bf16 lose (moe-cpu-activation-gradients).
+template <class T> constexpr bool kPackB = Operand<T>::K_STEP == 1 && (sizeof(T) == 2 || W == 8);
+template <class T, class B>
+static void pack_panel(B b, int64_t groups, Ahead<T> ahead, typename Operand<T>::Group* out) {
+  for (int64_t g = 0; g < groups; g++, out += kPanel) {
+    typename Operand<T>::Vec v[2];
+    b.get(g, v);
+    if (ahead.p) __builtin_prefetch(ahead.p + g * ahead.ld, 0, 2);
+    memcpy(out, v, sizeof v);
+  }
+}
 
 // acc += A . B over `groups`; A's group (row i, g) is a[i * RS + g * gs]
 template <class T, int MR, int RS, class B>
@@ -56,11 +71,21 @@ static inline void outer_tile(vf acc[MR][2], const typename Operand<T>::Group* a
   }
 }
 
+// C[MR, kPanel] = or += acc
+template <int MR, bool FIRST> static inline void put_tile(const vf acc[MR][2], float* c, int64_t ldc) {
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; i++, c += ldc) {
+    store(c, FIRST ? acc[i][0] : load(c) + acc[i][0]);
+    store(c + W, FIRST ? acc[i][1] : load(c + W) + acc[i][1]);
+  }
+}
+
 template <class T, int MR, class B>
 static void outer_tile_f32(const typename Operand<T>::Group* a, B b, int64_t groups, Ahead<T> ahead, bool first,
                            float* c, int64_t ldc, int64_t n) {
   vf acc[MR][2] = {};  // a k block is summed on its own, then added: the error grows with the blocks, not with k
   outer_tile<T, MR, kGroupStride>(acc, a, 1, b, groups, ahead);
+  if (n == kPanel) return first ? put_tile<MR, true>(acc, c, ldc) : put_tile<MR, false>(acc, c, ldc);
   for (int i = 0; i < MR; i++)
     for (int64_t j = 0; j * W < n; j++) {
       float* p = c + i * ldc + j * W;
@@ -90,11 +115,17 @@ static inline void pack_row(const bf16* a, int64_t k, uint32_t* out) {
   memcpy(out, a, k * sizeof(bf16));
 }
 
-// One panel of C against one k block, tile by tile; the first tile prefetches.
+// One panel of C against one k block, tile by tile; the first to read B prefetches.
 template <class T, class B>
 static void outer_panel(const typename Operand<T>::Group* a, int64_t M, B b, int64_t groups, Ahead<T> ahead, bool first,
                         float* c, int64_t ldc, int64_t n) {
   const int64_t tiles = (M + kOuterTile - 1) / kOuterTile;
+  if constexpr (kPackB<T>)
+    if (!B::packed && tiles > 1) {
+      alignas(64) typename Operand<T>::Group panel[kGroups * kPanel];
+      pack_panel<T>(b, groups, ahead, panel);
+      return outer_panel<T>(a, M, PackedB<T>{panel}, groups, Ahead<T>{nullptr, 0}, first, c, ldc, n);
+    }
   for (int64_t t = 0; t < tiles; t++, ahead.p = nullptr) {  // rows spread evenly: no tile is left with one row
     const int64_t m0 = M * t / tiles, m1 = M * (t + 1) / tiles;
     OuterTiles<T, B>::table[m1 - m0 - 1](a + m0 * kGroupStride, b, groups, ahead, first, c + m0 * ldc, ldc, n);

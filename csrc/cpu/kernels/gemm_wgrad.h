@@ -6,6 +6,15 @@
 namespace sail::cpu::SAIL_ISA {
 constexpr int kWgradAhead = 4;  // panels between prefetch and use of an accumulated gradient's old values
 
+// Past the caches; p is aligned to a vector.
+static inline void stream_vector([[maybe_unused]] vf* p, [[maybe_unused]] vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), v);
+#endif
+}
+
 // One row of a tile: n of kPanel columns.
 template <class TO> static inline void put_row(TO* o, const vf acc[2], int64_t n, Output mode, bool stream) {
   vf lo = acc[0], hi = acc[1];
@@ -13,13 +22,13 @@ template <class TO> static inline void put_row(TO* o, const vf acc[2], int64_t n
     lo += load_part(o, n);
     if (n > W) hi += load_part(o + W, n - W);
   }
-#if defined(__AVX512F__)
-  if (stream && n == kPanel) {
+#if defined(__AVX2__)
+  if (sizeof(TO) * kPanel >= 64 && stream && n == kPanel) {  // half a line past the caches is slower than none
     alignas(64) TO line[kPanel];
     store(line, lo);
     store(line + W, hi);
-    for (unsigned i = 0; i < sizeof line / 64; i++)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(o) + i, reinterpret_cast<const __m512i*>(line)[i]);
+    for (unsigned i = 0; i < sizeof line / sizeof(vf); i++)
+      stream_vector(reinterpret_cast<vf*>(o) + i, reinterpret_cast<const vf*>(line)[i]);
     return;
   }
 #endif
@@ -38,6 +47,25 @@ static inline void put_row(bf16* o, const vf acc[2], int64_t n, Output mode, boo
     _mm512_stream_si512(reinterpret_cast<__m512i*>(o), line);
   else
     _mm512_storeu_si512(o, line);
+}
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+static inline __m256i rounded_bits(vf v) {  // of bf16, in the lower halves; v is no NaN
+  const vu u = reinterpret_cast<vu>(v);
+  return (__m256i)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline void put_row(bf16* o, const vf acc[2], int64_t n, Output mode, bool) {
+  if (n != kPanel) return put_row<bf16>(o, acc, n, mode, false);
+  vf lo = acc[0], hi = acc[1];
+  if (mode == Output::accumulate) lo += load(o), hi += load(o + W);
+  if (_mm256_movemask_ps(_mm256_cmp_ps(lo, hi, _CMP_UNORD_Q))) {
+    store(o, lo);
+    store(o + W, hi);
+    return;
+  }
+  const __m256i pairs = _mm256_packus_epi32(rounded_bits(lo), rounded_bits(hi));  // of 128 bits each
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(o), _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0)));
 }
 #endif
 
@@ -85,13 +113,16 @@ template <class T, class TO> void wgrad_gemm_kernel(const WgradBlock& w) {
             for (unsigned j = 0; j < sizeof(TO) * kPanel; j += 64)
               __builtin_prefetch(reinterpret_cast<const char*>(out + (m + i) * w.ldo + n + kWgradAhead * kPanel) + j, 1,
                                  2);
-        vf acc[kOuterTile][2] = {};
         const Group* panel = b_pack + (n - n0) / kPanel * panel_groups;
-        for (int64_t g = 0; g < groups; g += kGroups) {  // blocks of rows are summed on their own, then added
+        const auto sum = [&](int64_t g, vf part[kOuterTile][2]) {
+          outer_tile<T, kOuterTile, 1>(part, a_pack + g * stride + m, stride, PackedB<T>{panel + g * kPanel},
+                                       groups - g < kGroups ? groups - g : kGroups, Ahead<T>{nullptr, 0});
+        };
+        vf acc[kOuterTile][2] = {};
+        sum(0, acc);
+        for (int64_t g = kGroups; g < groups; g += kGroups) {  // blocks of rows are summed on their own, then added
           vf part[kOuterTile][2] = {};
-          const int64_t some = groups - g < kGroups ? groups - g : kGroups;
-          outer_tile<T, kOuterTile, 1>(part, a_pack + g * stride + m, stride, PackedB<T>{panel + g * kPanel}, some,
-                                       Ahead<T>{nullptr, 0});
+          sum(g, part);
 #pragma GCC unroll 12
           for (int i = 0; i < kOuterTile; i++) acc[i][0] += part[i][0], acc[i][1] += part[i][1];
         }
@@ -102,7 +133,7 @@ template <class T, class TO> void wgrad_gemm_kernel(const WgradBlock& w) {
       }
     }
   }
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   _mm_sfence();  // streamed lines are visible before the thread says it is done
 #endif
 }
