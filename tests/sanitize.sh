@@ -35,5 +35,6 @@ if [ $# -eq 0 ]; then  # the tests named like a host file
     [ ! -e "$test" ] || set -- "$@" "$test"
   done
 fi
+# --capture=sys: a report goes to the terminal and ends the process
 workers=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)  # as in the Makefile
-LD_PRELOAD=$preload "$venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys "${workers[@]}" "$@"  # sys: a report ends the process
+LD_PRELOAD=$preload "$venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys "${workers[@]}" "$@"
