@@ -63,6 +63,11 @@ def test_pack_accuracy(isa: str, dtype: torch.dtype, pack: list[tuple[int, int]]
     testing.check_op(sail_ops.attention_varlen, reference.attention_varlen, *args, pool=POOL, **kwargs)
 
 
+def test_keys_on_both_sides_of_the_most_whose_scores_are_kept(isa: str) -> None:
+    args = inputs(AttentionCase(1, 67, 4100, 2, 1, 8, causal=True), DTYPE)  # on the CPU 4,096, of a block of rows
+    testing.check_op(sail_ops.attention, reference.attention, *args, pool=POOL, causal=True, return_lse=True)
+
+
 @pytest.mark.parametrize("scale", [0.02, 1.0, -0.3, 0.0])
 def test_softmax_scale(isa: str, scale: float) -> None:
     for dtype in BOTH:

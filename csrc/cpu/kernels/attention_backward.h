@@ -8,6 +8,10 @@
 #include "attention_tile.h"
 
 namespace sail::cpu::SAIL_ISA {
+// find_factors needs all scores of a block of rows before the first gradient. For so many keys they are kept, 1 MB of the
+// scratch, instead of computed again: one product of six.
+constexpr int64_t kKeptKeys = 4096;
+
 template <class T> struct BackwardState {
   Group<T>*q, *dout;  // row form
   Group<T>*q_panels, *dout_panels;
@@ -16,8 +20,9 @@ template <class T> struct BackwardState {
   float *s, *dp;                    // [kOuterTile, kBlock]
   Group<T>* ds;                     // [kOuterTile, kGroupStride], row form
   Group<T>*p_columns, *ds_columns;  // of the whole block, column form
+  float* scores;                    // [block of keys, kBlock rows, kBlock], of find_factors; null: not kept
 
-  BackwardState(Scratch s0, int64_t chunks, int64_t width)
+  BackwardState(Scratch s0, int64_t chunks, int64_t width, bool keep)
       : q(s0.take<Group<T>>(chunks * kBlock<T> * kGroupStride)),
         dout(s0.take<Group<T>>(chunks * kBlock<T> * kGroupStride)),
         q_panels(s0.take<Group<T>>(kGroups * width)),
@@ -28,7 +33,11 @@ template <class T> struct BackwardState {
         dp(s0.take<float>(kOuterTile * kBlock<T>)),
         ds(s0.take<Group<T>>(kOuterTile * kGroupStride)),
         p_columns(s0.take<Group<T>>(kGroups * kColumnStride<T>)),
-        ds_columns(s0.take<Group<T>>(kGroups * kColumnStride<T>)) {}
+        ds_columns(s0.take<Group<T>>(kGroups * kColumnStride<T>)),
+        scores(keep ? s0.take<float>(kKeptKeys * kBlock<T>) : nullptr) {}
+
+  // of the tile from row m on, against one block of keys
+  float* scores_of(int64_t index, int64_t m) const { return scores ? scores + (index * kBlock<T> + m) * kBlock<T> : s; }
 };
 
 // One row of a tile: its scores become p / factor, zero where a key is not seen.
@@ -61,12 +70,12 @@ static Factors probabilities(const AttentionBackward& b, float factor, int64_t m
   return {1 / sum(total), sum(dot) / sum(total), b.dlse[m]};
 }
 
-// Rows m and m + 1 (m even; the second may not exist), which lie at i and i + 1 of the tile.
+// Rows m and m + 1 (m even; the second may not exist), which lie at i and i + 1 of the tile with the scores s.
 template <class T>
 static void gradient_pair(const AttentionBackward& b, const BackwardState<T>& state, int64_t m, int64_t i, int64_t k0,
-                          int64_t columns) {
+                          int64_t columns, float* s) {
   const bool second = m + 1 < b.M;
-  float *p0 = state.s + i * kBlock<T>, *p1 = p0 + kBlock<T>;
+  float *p0 = s + i * kBlock<T>, *p1 = p0 + kBlock<T>;
   const float *dp0 = state.dp + i * kBlock<T>, *dp1 = dp0 + kBlock<T>;
   const Factors f0 = probabilities<T>(b, state.factor[m], m, k0, columns, p0, dp0);
   const Factors f1 = second ? probabilities<T>(b, state.factor[m + 1], m + 1, k0, columns, p1, dp1) : Factors{};
@@ -93,13 +102,13 @@ template <class T> static void find_factors(const AttentionBackward& b, const Ba
     vf total[kOuterTile] = {};
     for (int64_t k0 = 0, index = 0; k0 < b.limit[m1 - 1]; k0 += kBlock<T>, index++) {
       const int64_t left = b.limit[m1 - 1] - k0, seen = left < kBlock<T> ? left : kBlock<T>;
+      float* s = state.scores_of(index, m0);
       product_along_d<T>(state.q + m0 * kGroupStride, m1 - m0,
                          reinterpret_cast<const Group<T>*>(b.k_transposed + index * attention_pack_bytes(b.D)), groups,
-                         seen, state.s);
+                         seen, s);
       for (int64_t m = m0; m < m1; m++)
         for (int64_t c = 0; c < seen && k0 + c < b.limit[m]; c += W)
-          total[m - m0] +=
-              keep_first(vexp(load(state.s + (m - m0) * kBlock<T> + c) - b.lse[m]), b.limit[m] - k0 - c, 0);
+          total[m - m0] += keep_first(vexp(load(s + (m - m0) * kBlock<T> + c) - b.lse[m]), b.limit[m] - k0 - c, 0);
     }
     for (int64_t m = m0; m < m1; m++)
       if (b.limit[m] > 0) state.factor[m] = 1 / sum(total[m - m0]);
@@ -118,10 +127,11 @@ static void gradient_rows(const AttentionBackward& b, const BackwardState<T>& st
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t m0 = from + 2 * (pairs * t / tiles), end = from + 2 * (pairs * (t + 1) / tiles);
     const int64_t m1 = end < b.M ? end : b.M, limit = b.limit[m1 - 1] - k0, seen = limit < keys ? limit : keys;
-    product_along_d<T>(state.q + m0 * kGroupStride, m1 - m0, k, groups, seen, state.s);
+    float* s = state.scores_of(index, m0);
+    if (!state.scores) product_along_d<T>(state.q + m0 * kGroupStride, m1 - m0, k, groups, seen, s);
     product_along_d<T>(state.dout + m0 * kGroupStride, m1 - m0, v, groups, seen, state.dp);
     // zeros up to the last key: a tile of keys starts at the first row that sees one of them
-    for (int64_t m = m0; m < m1; m += 2) gradient_pair<T>(b, state, m, m - m0, k0, keys);
+    for (int64_t m = m0; m < m1; m += 2) gradient_pair<T>(b, state, m, m - m0, k0, keys, s);
     product_along_rows<T, kGroupStride>(state.ds, 1, m1 - m0, k_rows, 0, groups_of<T>(seen), false, b.D,
                                         state.dq + m0 * width);
   }
@@ -146,14 +156,15 @@ static void gradient_keys(const AttentionBackward& b, const BackwardState<T>& st
 
 template <class T> void attention_backward_kernel(const AttentionBackward& b) {
   const int64_t groups = groups_of<T>(b.D), chunks = (groups + kGroups - 1) / kGroups, width = attention_width(b.D);
-  const BackwardState<T> state(Scratch{static_cast<char*>(b.scratch)}, chunks, width);
+  const int64_t end = b.limit[b.M - 1];
+  const bool keep = sizeof(T) == 4 && end <= kKeptKeys;
+  const BackwardState<T> state(Scratch{static_cast<char*>(b.scratch)}, chunks, width, keep);
   pack_scaled_q<T>(b.q, b.M, b.D, b.scale, state.q);
   pack_row_form<T>(b.dout, b.M, b.D, state.dout);
   pack_panels<T>(reinterpret_cast<const T* const*>(b.q), b.M, b.D, state.q_panels);
   pack_panels<T>(reinterpret_cast<const T* const*>(b.dout), b.M, b.D, state.dout_panels);
   find_factors(b, state);
   memset(state.dq, 0, b.M * width * sizeof(float));
-  const int64_t end = b.limit[b.M - 1];
   int64_t from = 0;  // first row that sees the block
   for (int64_t k0 = 0, index = 0; k0 < end; k0 += kBlock<T>, index++) {
     const int64_t keys = end - k0 < kBlock<T> ? end - k0 : kBlock<T>;

@@ -39,8 +39,8 @@ template <class T> struct Ahead {
   int64_t ld;
 };
 
-// B's panel into the first-level cache, widened once for all tiles of rows. fp32 gains from it only where a row of a panel
-// is one cache line, which B's stride keeps bringing to the same sets; pairs of bf16 lose (moe-cpu-activation-gradients).
+// B's panel into the first-level cache, widened once for all tiles of rows (moe-cpu-widened-panels). fp32 gains from it
+// only with AVX2; pairs of bf16 lose (moe-cpu-activation-gradients).
 template <class T> constexpr bool kPackB = Operand<T>::K_STEP == 1 && (sizeof(T) == 2 || W == 8);
 template <class T, class B>
 static void pack_panel(B b, int64_t groups, Ahead<T> ahead, typename Operand<T>::Group* out) {

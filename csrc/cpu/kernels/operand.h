@@ -1,13 +1,13 @@
 // How a product consumes its elements: K_STEP consecutive k's per multiply-accumulate of one fp32 lane.
 //   fp32, and bf16 / fp16 without a dot instruction: one k, converted to fp32 when loaded or packed
 //   bf16 with AVX-512-BF16: two k's, kept as pairs (vdpbf16ps)
-// Where the order along k does not show, PARTS vectors hold every PARTS-th element of PARTS * LOAD: of bf16 the even and the
-// odd ones, which a shift and a mask widen; in line, each would need a shuffle across lanes besides.
+// Where the order along k does not show, PARTS vectors hold every PARTS-th element of PARTS * LOAD: of bf16 the even
+// and the odd ones, which a shift and a mask widen; in line, each would need a shuffle across lanes (moe-cpu-widen).
 #pragma once
 #include "vec.h"
 
 namespace sail::cpu::SAIL_ISA {
-// of the odd elements of 2W; 12 sums and 4 operands leave none of AVX2's 16 registers for it, so that it stays in memory
+// of the odd elements of 2W; 12 sums and 4 operands leave it none of AVX2's 16 registers: it stays in memory
 static inline vu odd_mask() {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   static const volatile vu mask = vu{} + 0xffff0000;
