@@ -30,14 +30,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     autocast = in_autocast(x)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if x.device.type != "cpu" or dtype not in DTYPES or _torch_is_faster(dtype, x, weight):
+    if x.device.type != "cpu" or dtype not in DTYPES or torch_is_faster(dtype, x, weight):
         return F.linear(x, weight, bias)  # which sees to autocast by itself, and keeps the weights that it has cast
     if autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return own_linear(x, weight, bias, torch_gradients=_library.torch_multiplies(dtype))
 
 
-def _torch_is_faster(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
+def torch_is_faster(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
+    """Of products of this dtype on this CPU (docs/decisions/linear.md)."""
     if not _library.torch_multiplies(dtype):
         return False
     if torch.compiler.is_exporting():  # an exported program is for any number of rows
