@@ -17,6 +17,10 @@ def _load(path: Path, **functions: type) -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
     for name, result in functions.items():
+        if not hasattr(library, name):
+            raise ImportError(
+                f"sail_ops: {path} was built from other sources (it has no {name}); build it again: pip install -e ."
+            )
         getattr(library, name).restype = result
     return library
 

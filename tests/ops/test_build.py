@@ -146,6 +146,11 @@ def test_one_openmp_runtime():
     assert len(files) == 1, files
 
 
+def test_a_library_of_other_sources_says_what_to_do() -> None:
+    with pytest.raises(ImportError, match="built from other sources .it has no sail_cpu_of_tomorrow.; build it again"):
+        _library._load(_library.CPU_LIBRARY, sail_cpu_of_tomorrow=bytes)
+
+
 # -- the CUDA library, as far as a machine without a card can tell
 
 CUDA_PROBE = """
