@@ -64,15 +64,25 @@ def cpu_isas() -> tuple[str, ...]:
     return tuple(_answer(_cpu.sail_cpu_isas()).split(", "))
 
 
-@torch.compiler.assume_constant_result
 def torch_multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch's dense products of this dtype are at least as fast as ours on this CPU; a constant in a graph."""
-    return str(dtype).removeprefix("torch.") in _answer(_cpu.sail_cpu_torch_products()).split(", ")
+    """Whether torch's dense products of this dtype are at least as fast as ours with the instruction set in use."""
+    return dtype in _torch_products
+
+
+def _read_torch_products() -> frozenset[torch.dtype]:
+    """A Python object, as torch.compile cannot look into C; where SAIL_OPS_ISA is wrong, the operators say so."""
+    said = _cpu.sail_cpu_torch_products().decode()
+    return frozenset(getattr(torch, name) for name in said.split(", ")) if "error" not in said else frozenset()
+
+
+_torch_products = _read_torch_products()
 
 
 def set_cpu_isa(name: str | None) -> None:
     """For tests: the instruction set to use from now on, in the whole process; None goes back to the default."""
+    global _torch_products
     _answer(_cpu.sail_cpu_set_isa(None if name is None else name.encode()))
+    _torch_products = _read_torch_products()
 
 
 def empty_cache() -> None:

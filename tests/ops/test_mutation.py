@@ -150,7 +150,9 @@ MUTANTS = {
     "up gets the gradient of gate": Mutant(
         "fused_experts", "experts.cpp", "experts.cpp", "u0 < lo ? vf{} : d * act", "u0 < lo ? vf{} : d * u * slope"
     ),
-    "end of the dot product dropped": Mutant("fused_experts", "gemm.cpp", "gemm_dot.h", "if (k < K) {", "if (k < 0) {"),
+    "end of the dot product dropped": Mutant(
+        "fused_experts", "gemm.cpp", "gemm_dot.h", "if (whole < K) {", "if (whole < 0) {"
+    ),
     "columns past the last four dropped": Mutant(
         "fused_experts", "gemm.cpp", "gemm_dot.h", "for (; n < g.N; n++)", "for (; n < g.N - 3; n++)"
     ),
@@ -158,7 +160,7 @@ MUTANTS = {
         "fused_experts", "gemm.cpp", "gemm_outer.h", "k0 < g.K; k0 +=", "k0 < g.K - Op::K_STEP * kGroups; k0 +="
     ),
     "last rows of a weight's gradient dropped": Mutant(
-        "fused_experts", "gemm.cpp", "gemm_wgrad.h", "panel + g * kPanel}, some,", "panel + g * kPanel}, some - 1,"
+        "fused_experts", "gemm.cpp", "gemm_wgrad.h", "? groups - g : kGroups, A", "? groups - g - 1 : kGroups, A"
     ),
     "routing weight missing in dh": Mutant(
         "fused_experts", "experts.cpp", "experts.cpp", "const vf d = da * weight;", "const vf d = da;"
