@@ -51,6 +51,10 @@ void store(DType dtype, const float* products, const void* bias, const Block& t,
   expert_kernels().store_rows[static_cast<int>(dtype)](
       {products, n, t.m1 - t.m0, n, b, nullptr, const_cast<char*>(at(dtype, out, t.m0 * N + t.n0)), N});
 }
+
+void clear(DType dtype, void* out, int64_t count) {
+  if (count) std::memset(out, 0, count * element_size(dtype));
+}
 }  // namespace
 
 bool torch_multiplies(DType dtype) {
@@ -81,8 +85,10 @@ void product_nt(DType dtype, Matrix a, Matrix b, const void* bias, int64_t M, in
 }
 
 void product_nn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K, void* out, bool accumulate) {
-  if (!K && !accumulate) std::memset(out, 0, M * N * element_size(dtype));
-  if (!K) return;
+  if (!K) {
+    if (!accumulate) clear(dtype, out, M * N);
+    return;
+  }
   constexpr int64_t sums_bytes = kOuterRows * kColumns * 4;
   run_tasks(blocks(M, N, kColumns), num_threads(), sums_bytes + kOuterScratch, [&](const Block& t, char* scratch) {
     const void* rows[kOuterRows];
@@ -106,8 +112,7 @@ void product_nn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K
 }
 
 void product_tn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K, void* out) {
-  if (!K) std::memset(out, 0, M * N * element_size(dtype));
-  if (!K) return;
+  if (!K) return clear(dtype, out, M * N);
   constexpr int64_t table_bytes = 2 * kDepth * static_cast<int64_t>(sizeof(void*));
   constexpr int64_t sums_bytes = kOuterRows * kNarrow * 4;
   const int64_t packed_bytes = wgrad_scratch(kDepth, kOuterRows) + kDepth * (kOuterRows + kNarrow) * 4;
