@@ -11,7 +11,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # a test process for each core; files stay whole, as several share what is costly to make (ARGS=-n0: in one process)
-WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# and a process that dies ends the run: replaced ones were seen to wait for ever
+WORKERS := -n logical --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 # what a build prints that is worth a line: which libraries and why, each object, errors
