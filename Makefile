@@ -10,8 +10,8 @@
 #   make build      the libraries and what the jobs need, nothing run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-# a test process for each core; files stay whole, as several share what is costly to make (ARGS=-n0: in one process)
-# and a process that dies ends the run: replaced ones were seen to wait for ever
+# a test process for each core (ARGS=-n0: one for all); files stay whole, as several share what is costly to make, and
+# a process that dies ends the run: replaced ones were seen to wait for ever
 WORKERS := -n logical --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
@@ -46,7 +46,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 sanitize: $(VENV)/.dev
-	VENV=$(VENV) tests/sanitize.sh $(ARGS)
+	VENV=$(VENV) WORKERS="$(WORKERS)" tests/sanitize.sh $(ARGS)
 
 gpu-check:  # with the python that has a CUDA build of torch: make gpu-check PYTHON=...
 	$(PYTHON) tests/gpu/check.py $(ARGS)

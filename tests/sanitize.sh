@@ -36,5 +36,5 @@ if [ $# -eq 0 ]; then  # the tests named like a host file
   done
 fi
 # --capture=sys: a report goes to the terminal and ends the process
-workers=(-n logical --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder)  # see the Makefile
+read -ra workers <<<"${WORKERS:-}"  # pytest-xdist's options, the Makefile's; one process without
 LD_PRELOAD=$preload "$venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys "${workers[@]}" "$@"

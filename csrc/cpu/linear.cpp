@@ -3,8 +3,8 @@
 
 #include <tuple>
 
+#include "huge.h"
 #include "product.h"
-#include "rows.h"
 
 namespace sail::cpu {
 namespace {
@@ -26,12 +26,10 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, co
   c.dtype("dy", dy, x.dtype());
   c.shape("dy", dy, {s.M, s.N});
   c.contiguous("dy", dy);
-  Tensor dx = x.empty({need_dx ? s.M : 0, s.K}, x.dtype()), dweight = x.empty({need_dweight ? s.N : 0, s.K}, x.dtype());
+  Tensor dx = x.empty({need_dx ? s.M : 0, s.K}, x.dtype());
+  Tensor dweight = empty_huge(x, {need_dweight ? s.N : 0, s.K}, x.dtype());
   if (need_dx) product_nn(s.dtype, matrix(dy), matrix(weight), s.M, s.K, s.N, dx.data(), false);
-  if (need_dweight) {
-    advise_huge_pages(dweight.data(), dweight.numel() * element_size(s.dtype));
-    product_tn(s.dtype, matrix(dy), matrix(x), s.N, s.K, s.M, dweight.data());
-  }
+  if (need_dweight) product_tn(s.dtype, matrix(dy), matrix(x), s.N, s.K, s.M, dweight.data());
   return {std::move(dx), std::move(dweight)};
 }
 

@@ -44,6 +44,27 @@ void point(DType dtype, Matrix m, int64_t r0, int64_t r1, int64_t column, const 
   for (int64_t r = r0; r < r1; r++) rows[r - r0] = at(dtype, m, r, column);
 }
 
+constexpr int64_t kSumsBytes = kOuterRows * kColumns * 4, kProductScratch = kSumsBytes + kOuterScratch;
+
+// One task's fp32 sums, rows t.n1 - t.n0 apart; b: its columns' part of the other operand
+const float* multiply(void (*gemm)(const GemmBlock&), DType dtype, Matrix a, const void* b, int64_t ldb, int64_t K,
+                      const Block& t, char* scratch) {
+  const void* rows[kOuterRows];
+  point(dtype, a, t.m0, t.m1, 0, rows);
+  float* c = reinterpret_cast<float*>(scratch);
+  gemm({.a_rows = rows,
+        .b = b,
+        .ldb = ldb,
+        .M = t.m1 - t.m0,
+        .N = t.n1 - t.n0,
+        .K = K,
+        .c = c,
+        .ldc = t.n1 - t.n0,
+        .accumulate = false,
+        .scratch = scratch + kSumsBytes});
+  return c;
+}
+
 // out[M, n] of one task, from `products` of fp32 rows n apart
 void store(DType dtype, const float* products, const void* bias, const Block& t, void* out, int64_t N) {
   const int64_t n = t.n1 - t.n0;
@@ -65,21 +86,9 @@ bool torch_multiplies(DType dtype) {
 }
 
 void product_nt(DType dtype, Matrix a, Matrix b, const void* bias, int64_t M, int64_t N, int64_t K, void* out) {
-  run_tasks(blocks(M, N, kColumns), num_threads(), kOuterRows * kColumns * 4, [&](const Block& t, char* scratch) {
-    const void* rows[kOuterRows];
-    point(dtype, a, t.m0, t.m1, 0, rows);
-    float* c = reinterpret_cast<float*>(scratch);
-    const int64_t n = t.n1 - t.n0;
-    gemm_kernels().dot_gemm[static_cast<int>(dtype)]({.a_rows = rows,
-                                                      .b = at(dtype, b, t.n0, 0),
-                                                      .ldb = b.stride,
-                                                      .M = t.m1 - t.m0,
-                                                      .N = n,
-                                                      .K = K,
-                                                      .c = c,
-                                                      .ldc = n,
-                                                      .accumulate = false,
-                                                      .scratch = nullptr});
+  const auto gemm = gemm_kernels().dot_gemm[static_cast<int>(dtype)];
+  run_tasks(blocks(M, N, kColumns), num_threads(), kProductScratch, [&](const Block& t, char* scratch) {
+    const float* c = multiply(gemm, dtype, a, at(dtype, b, t.n0, 0), b.stride, K, t, scratch);
     store(dtype, c, bias, t, out, N);
   });
 }
@@ -89,25 +98,12 @@ void product_nn(DType dtype, Matrix a, Matrix b, int64_t M, int64_t N, int64_t K
     if (!accumulate) clear(dtype, out, M * N);
     return;
   }
-  constexpr int64_t sums_bytes = kOuterRows * kColumns * 4;
-  run_tasks(blocks(M, N, kColumns), num_threads(), sums_bytes + kOuterScratch, [&](const Block& t, char* scratch) {
-    const void* rows[kOuterRows];
-    point(dtype, a, t.m0, t.m1, 0, rows);
-    float* c = reinterpret_cast<float*>(scratch);
-    const int64_t n = t.n1 - t.n0;
-    gemm_kernels().outer_gemm[static_cast<int>(dtype)]({.a_rows = rows,
-                                                        .b = at(dtype, b, 0, t.n0),
-                                                        .ldb = b.stride,
-                                                        .M = t.m1 - t.m0,
-                                                        .N = n,
-                                                        .K = K,
-                                                        .c = c,
-                                                        .ldc = n,
-                                                        .accumulate = false,
-                                                        .scratch = scratch + sums_bytes});
+  const auto gemm = gemm_kernels().outer_gemm[static_cast<int>(dtype)];
+  run_tasks(blocks(M, N, kColumns), num_threads(), kProductScratch, [&](const Block& t, char* scratch) {
+    const float* c = multiply(gemm, dtype, a, at(dtype, b, 0, t.n0), b.stride, K, t, scratch);
     if (!accumulate) return store(dtype, c, nullptr, t, out, N);
     for (int64_t m = t.m0; m < t.m1; m++)  // what is there is this row's bias
-      store(dtype, c + (m - t.m0) * n, at(dtype, out, m * N), {m, m + 1, t.n0, t.n1}, out, N);
+      store(dtype, c + (m - t.m0) * (t.n1 - t.n0), at(dtype, out, m * N), {m, m + 1, t.n0, t.n1}, out, N);
   });
 }
 

@@ -101,8 +101,8 @@ MUTANTS = {
         "linear",
         HOST + "product.cpp",
         HOST + "product.cpp",
-        "at(dtype, b, t.n0, 0),\n" + 54 * " " + ".ldb = b.stride,",
-        "at(dtype, b, t.n0, 0), .ldb = K,",
+        "at(dtype, b, t.n0, 0), b.stride,",
+        "at(dtype, b, t.n0, 0), K,",
     ),
     "a span of the softmax dropped": Mutant(
         "linear_cross_entropy", "loss.cpp", "loss.cpp", "int64_t r = 0; r < rows", "int64_t r = kSpan; r < rows"

@@ -59,18 +59,18 @@ def apply(model: nn.Module) -> nn.Module:
     """
     if patched_modules(model):
         raise ValueError(f"sail_ops: apply: {type(model).__name__} is patched already; revert(model) first")
-    found = [(module, PATCHES[type(module).__name__]) for module in model.modules() if _is_known(module)]
+    found = [module for module in model.modules() if _is_known(module)]
     if not found:
         raise ValueError(f"sail_ops: apply: {type(model).__name__} has none of {', '.join(sorted(PATCHES))}")
-    found += [(module, LINEAR) for module in model.modules() if _is_plain_linear(module)]
-    for module, patch in found:
+    found += [module for module in model.modules() if _is_plain_linear(module)]
+    for module in found:
         if "forward" in module.__dict__:
             raise ValueError(
                 f"sail_ops: apply: this {type(module).__name__} has a forward of its own, want its class's"
             )
-        patch.check(module)
+        _patch_of(type(module)).check(module)
     choices = _use_implementations(model)
-    for module, _ in found:
+    for module in found:
         base: Any = type(module)
         module.__class__ = patched(base)
     if choices:
@@ -110,10 +110,14 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and "forward" not in module.__dict__
 
 
+def _patch_of(base: type[nn.Module]) -> Patch:
+    return LINEAR if base is nn.Linear else PATCHES[base.__name__]
+
+
 @cache
 def patched(base: Any) -> Any:
     """The subclass of a known class with our forward, under the same name."""
-    ours = (LINEAR if base is nn.Linear else PATCHES[base.__name__]).forward
+    ours = _patch_of(base).forward
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
