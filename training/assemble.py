@@ -19,10 +19,10 @@ from sail_model import (
 )
 from sail_model.tokenizer import IMAGE_CONTEXT, IMAGE_END
 from training import checkpoint
-from training.data import PictureReader, Record, Split, easy_vqa, fingerprint, jsonl_records
 from training.errors import InputError
 from training.packing import IGNORE, Branch, Sample, split_to_fit
 from training.recipes import Recipe
+from training.records import PictureReader, Record, Split, easy_vqa, fingerprint, jsonl_records
 
 # vision_config, text_config and downsample_ratio of `SailVL2Config`; vocabulary and token ids come with the tokenizer
 MODELS: dict[str, dict[str, Any]] = {

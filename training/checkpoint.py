@@ -69,7 +69,7 @@ def check_world(checkpoint: Path, state: dict[str, Any], world: int) -> None:
 
 
 def check_data(checkpoint: Path, source: str, found: dict[str, Any]) -> None:
-    """Raises InputError where the data is not what the checkpoint was trained on (`training.data.fingerprint`)."""
+    """Raises InputError where the data is not what the checkpoint was trained on (`training.records.fingerprint`)."""
     trained = read_state(checkpoint).get("data")
     if trained is None or not (checkpoint / MODEL).is_dir():
         raise InputError(f"--resume: {checkpoint}: too old, it has no {MODEL}/ folder or no fingerprint of its data")

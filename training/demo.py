@@ -11,11 +11,11 @@ from rich.table import Table
 from sail_model import SailVL2ForConditionalGeneration, SailVL2Processor
 from training import checkpoint, cli, results
 from training.assemble import Parts, assemble, chat, encode, load_records
-from training.data import PictureReader, Record
 from training.device import is_first
 from training.evaluate import Accuracy, exact_match, majority_baseline, question_only_baseline
 from training.plots import plot_curves
 from training.recipes import Recipe
+from training.records import PictureReader, Record
 from training.run import train
 from training.trainer import METRICS
 

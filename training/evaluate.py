@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sail_model.model import SailVL2ForConditionalGeneration
-from training.data import PictureReader, Record
 from training.device import sum_over_ranks
 from training.loss import answer_logits
 from training.packing import IGNORE, PackedBatch, Sample, pack, plan_streams
+from training.records import PictureReader, Record
 
 
 class Accuracy(NamedTuple):

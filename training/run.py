@@ -7,12 +7,12 @@ import torch.distributed as dist
 
 from training.assemble import Parts
 from training.checkpoint import MODEL, replace_folder
-from training.data import StreamFeed
 from training.device import is_first, start_processes
 from training.engines.deepspeed import DeepSpeedEngine
 from training.loss import TrainedModel
 from training.metrics import FlopCount
 from training.recipes import Recipe
+from training.records import StreamFeed
 from training.trainer import Trainer
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from training import checkpoint
 from training.assemble import Parts
-from training.data import StreamFeed
 from training.device import is_first, sum_over_ranks
 from training.engines.deepspeed import DeepSpeedEngine
 from training.interrupt import SIGNALS, Interrupted, Watch
@@ -20,6 +19,7 @@ from training.metrics import FlopCount, MetricsLog, activation_entropy, dense_ma
 from training.packing import PackedBatch, pack
 from training.progress import TrainingProgress
 from training.recipes import Recipe
+from training.records import StreamFeed
 from training.schedule import cosine_with_warmup
 
 METRICS = "metrics.jsonl"

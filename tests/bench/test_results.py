@@ -11,8 +11,8 @@ from PIL import Image
 
 from benchmarks import report
 from training import checkpoint, demo, results
-from training.data import PictureReader, Record
 from training.errors import InputError
+from training.records import PictureReader, Record
 
 
 def found(blank: bool = False) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from sail_model import SailVL2ForConditionalGeneration
 from training import checkpoint, cli
-from training.data import easy_vqa
 from training.metrics import read_lines
+from training.records import easy_vqa
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
