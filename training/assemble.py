@@ -1,28 +1,30 @@
-"""From a recipe to what the trainer needs: tokenizer, processor, model, samples, reader."""
+"""From a recipe to what the trainer needs: processor, model, and the samples of its data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
+from sail_model.assemble import assemble as assemble_parts
 
 from sail_model import (
     SailVL2Config,
     SailVL2ForConditionalGeneration,
     SailVL2ImageProcessor,
     SailVL2Processor,
+    load_tokenizer,
     train_tokenizer,
 )
-from sail_model.tokenizer import IMAGE_CONTEXT, IMAGE_END
+from sail_model.config import PRESETS
+from sail_model.tokenizer import IMAGE_CONTEXT
 from training import checkpoint
+from training.data.conversation import BadRecord, Conversation, Text
+from training.data.encode import EncodedMixture
+from training.data.mixture import Mixture, open_data
 from training.errors import InputError
-from training.packing import IGNORE, Branch, Sample, split_to_fit
-from training.recipes import Recipe
-from training.records import PictureReader, Record, Split, easy_vqa, fingerprint, jsonl_records
+from training.recipes import PARTS, Recipe
 
 # vision_config, text_config and downsample_ratio of `SailVL2Config`; vocabulary and token ids come with the tokenizer
 MODELS: dict[str, dict[str, Any]] = {
@@ -49,18 +51,15 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
-VOCABULARY = 512
+VOCABULARY, VOCABULARY_RECORDS = 512, 20_000
 
 
 @dataclass
 class Parts:
-    """Everything a recipe stands for, before an engine takes the model."""
+    """The model and its processor, before an engine takes them."""
 
     processor: SailVL2Processor
     model: SailVL2ForConditionalGeneration
-    samples: list[Sample[Path]]
-    reader: PictureReader
-    data: dict[str, Any]  # the fingerprint of all records, held-out ones too
 
     @property
     def pad_id(self) -> int:
@@ -69,53 +68,76 @@ class Parts:
 
 
 def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
-    """Data, tokenizer, and a model with random weights; equal on every rank.
+    """Processor and model of a recipe, equal on every rank.
 
-    With a checkpoint to go on from, tokenizer, image processor and configuration are its own: trained anew on a file
-    that somebody has edited, the same ids would mean other text. Raises InputError for unknown names, and where the
-    data is not what the checkpoint was trained on.
+    With a checkpoint to go on from, processor and configuration are its own, and the engine brings the weights:
+    trained anew on a file that somebody has edited, a tokenizer's same ids would mean other text. Raises InputError
+    for a model that there is not.
     """
-    records, data = load_records(recipe.data, "train"), fingerprint(all_records(recipe.data))
-    if start is None:
-        if recipe.model not in MODELS:
-            raise InputError(f"Recipe: model: got {recipe.model!r}, want one of {', '.join(MODELS)}")
-        processor = build_processor(recipe.model, records)
-        config = build_config(recipe.model, processor)
-    else:
-        checkpoint.check_data(start, recipe.data, data)
-        processor = SailVL2Processor.from_pretrained(start / checkpoint.MODEL)
-        config = SailVL2Config.from_pretrained(start / checkpoint.MODEL)
     torch.manual_seed(recipe.seed)
-    model = SailVL2ForConditionalGeneration(config)
-    return Parts(processor, model, encode(records, processor, recipe.stream_length), picture_reader(processor), data)
+    if start is not None:
+        folder = start / checkpoint.MODEL
+        model = SailVL2ForConditionalGeneration(SailVL2Config.from_pretrained(folder))
+        return Parts(SailVL2Processor.from_pretrained(folder), model)
+    if recipe.vision:
+        model, processor = assemble_parts(vision=Path(recipe.vision), language=Path(recipe.language))
+        return Parts(processor, model)
+    if recipe.model in MODELS:
+        processor = build_processor(recipe.model, conversations(open_data(recipe.data)))
+        return Parts(processor, SailVL2ForConditionalGeneration(build_config(recipe.model, processor)))
+    if recipe.model in PRESETS:
+        config = SailVL2Config.from_preset(recipe.model)
+        pictures = SailVL2ImageProcessor(image_size=config.vision_config.image_size)
+        processor = SailVL2Processor(pictures, load_tokenizer(), tokens_per_tile=config.tokens_per_tile)
+        return Parts(processor, SailVL2ForConditionalGeneration(config))
+    folder = export_folder(recipe.model)
+    model = SailVL2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return Parts(SailVL2Processor.from_pretrained(folder), model)
 
 
-def all_records(data: str) -> list[Record]:
-    """The records of a source, those to train on and those to test on."""
-    return [*easy_vqa("train"), *easy_vqa("test")] if data == "easy_vqa" else jsonl_records(Path(data))
+def export_folder(name: str) -> Path:
+    """The folder with config.json that `name` means: itself, or the model of a run. Raises InputError."""
+    for folder in (Path(name), Path(name) / checkpoint.MODEL):
+        if (folder / "config.json").is_file():
+            return folder
+    sizes = ", ".join([*MODELS, *PRESETS])
+    raise InputError(f"Recipe: model: got {name!r}, want one of {sizes}, or a folder with a config.json or a model/")
 
 
-def load_records(data: str, split: Split) -> list[Record]:
-    """`easy_vqa`'s split; of a .jsonl file, its first nine tenths to train on and the rest to test.
-
-    Raises InputError where a file has too few records to hold one out.
-    """
-    if data == "easy_vqa":
-        return easy_vqa(split)
-    records = all_records(data)
-    if split == "test" and len(records) < 2:
-        raise InputError(f"{data}: got {len(records)} record, want at least 2: one to train on, one to test")
-    edge = max(1, len(records) * 9 // 10)
-    return records[:edge] if split == "train" else records[edge:]
+def open_samples(recipe: Recipe, processor: SailVL2Processor) -> EncodedMixture:
+    """The recipe's data as samples of at most a stream's tokens."""
+    return EncodedMixture(
+        open_data(recipe.data), processor, capacity=recipe.stream_length, max_tiles=recipe.max_tiles or None
+    )
 
 
-def build_processor(model: str, records: Sequence[Record]) -> SailVL2Processor:
-    """A byte-level BPE trained on the questions and answers, and an image processor of one tile a picture."""
+def freeze(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> None:
+    """Only the parameters of `recipe.parts` get gradients."""
+    trained = tuple(PARTS[part] for part in recipe.parts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+
+
+def conversations(mixture: Mixture) -> Iterable[Conversation]:
+    """The records of every source that can be used, in order."""
+    for source in mixture.sources:
+        for number in range(len(source)):
+            try:
+                yield source.conversation(number)
+            except BadRecord:
+                continue
+
+
+def build_processor(model: str, records: Iterable[Conversation]) -> SailVL2Processor:
+    """A byte-level BPE trained on the text of the first records, and an image processor of one tile a picture."""
     vision = MODELS[model]["vision_config"]
-    texts = sorted({text for record in records for pair in record.questions for text in pair} | {"user", "assistant"})
+    texts = {"user", "assistant"}
+    for record in islice(records, VOCABULARY_RECORDS):
+        turns = [*record.turns, *(turn for branch in record.branches for turn in branch)]
+        texts |= {part.text for turn in turns for part in turn.parts if isinstance(part, Text)}
     side = round(vision["image_size"] / vision["patch_size"] * MODELS[model].get("downsample_ratio", 0.5))
     pictures = SailVL2ImageProcessor(image_size=vision["image_size"], max_dynamic_patch=1)
-    return SailVL2Processor(pictures, train_tokenizer(texts, VOCABULARY), tokens_per_tile=side**2)
+    return SailVL2Processor(pictures, train_tokenizer(sorted(texts), VOCABULARY), tokens_per_tile=side**2)
 
 
 def build_config(model: str, processor: SailVL2Processor) -> SailVL2Config:
@@ -134,58 +156,3 @@ def build_config(model: str, processor: SailVL2Processor) -> SailVL2Config:
     }
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
     return SailVL2Config(**{**shape, "text_config": text, "image_token_id": image_token})
-
-
-def encode(records: Sequence[Record], processor: SailVL2Processor, capacity: int) -> list[Sample[Path]]:
-    """The records as samples of at most `capacity` tokens, in the model's own chat format, without a system turn.
-
-    Raises InputError for a question that does not fit: nothing is ever truncated.
-    """
-    samples = []
-    for record in records:
-        try:
-            samples += split_to_fit(encode_one(record, processor), capacity)
-        except ValueError as error:
-            raise InputError(f"{record.picture}: {error}; want a larger --stream-length") from error
-    return samples
-
-
-def encode_one(record: Record, processor: SailVL2Processor) -> Sample[Path]:
-    """The picture's tokens once, then a branch for each question; only answers are learned, with their end token."""
-    prefix: tuple[int, ...] = ()
-    branches = []
-    for question, answer in record.questions:
-        asked, answered = prompt_ids(question, processor), answer_ids(answer, processor)
-        start = asked.index(processor.tokenizer.convert_tokens_to_ids(IMAGE_END)) + 1
-        prefix, rest = asked[:start], asked[start:]
-        branches.append(Branch(rest + answered, (IGNORE,) * len(rest) + answered))
-    return Sample(record.picture, prefix, tuple(branches))
-
-
-def chat(question: str) -> list[dict[str, Any]]:
-    """Messages that show one picture and ask `question`, without a system turn."""
-    user = [{"type": "image"}, {"type": "text", "text": question}]
-    return [{"role": "system", "content": ""}, {"role": "user", "content": user}]
-
-
-@cache
-def prompt_ids(question: str, processor: SailVL2Processor) -> tuple[int, ...]:
-    """Token ids of picture and question up to where the answer begins: those that `generate` is given."""
-    prompt = processor.apply_chat_template(chat(question), add_generation_prompt=True)
-    (expanded,) = processor.expand([prompt], [1])
-    return tuple(processor.tokenizer(expanded, add_special_tokens=False)["input_ids"])
-
-
-@cache
-def answer_ids(answer: str, processor: SailVL2Processor) -> tuple[int, ...]:
-    """Token ids of an answer and of the end of the turn."""
-    return tuple(processor.tokenizer(answer + processor.tokenizer.eos_token, add_special_tokens=False)["input_ids"])
-
-
-def picture_reader(processor: SailVL2Processor) -> PictureReader:
-    """Pictures prepared as the processor prepares them for `generate`."""
-
-    def prepare(picture: Image.Image) -> Tensor:
-        return processor.image_processor([picture], return_tensors="pt")["pixel_values"][0]
-
-    return PictureReader(prepare)

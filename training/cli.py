@@ -1,26 +1,43 @@
-"""The command line shared by `python -m training` and `python -m training.demo`."""
+"""The command line of everything that trains: a recipe by name, options or a YAML file, a folder, or --resume."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import yaml
 
 from training import checkpoint
-from training.device import stop_processes
+from training.catalog import CATALOG
 from training.errors import InputError
 from training.interrupt import Interrupted
-from training.recipes import Recipe, resumed
+from training.parallel import stop_processes
+from training.recipes import Recipe, read_recipe, resumed
+
+Plan = tuple[Recipe, ...]
 
 
-def parser(program: str, description: str, out: str) -> argparse.ArgumentParser:
-    """--out, --resume, and one option for each field of `Recipe`."""
+class Command(NamedTuple):
+    """What the command line asks for: the stages, the folder of the run, a checkpoint to go on from, a device."""
+
+    plan: Plan
+    out: Path
+    start: Path | None
+    device: str | None
+
+
+def parser(program: str, description: str, out: str, recipe: str) -> argparse.ArgumentParser:
+    """--recipe, --config, --out, --resume, --device, and one option for each field of `Recipe`."""
     made = argparse.ArgumentParser(
         prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.set_defaults(default_out=Path(out))
+    made.add_argument("--recipe", default=argparse.SUPPRESS, choices=CATALOG, metavar="NAME", help=_recipes(recipe))
+    made.set_defaults(default_recipe=recipe)
+    made.add_argument("--config", type=Path, metavar="YAML", help="a file of options, and of `stages:` with their own")
     made.add_argument(
         "--out",
         type=Path,
@@ -30,17 +47,26 @@ def parser(program: str, description: str, out: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--resume", type=Path, metavar="DIR", help="go on from this checkpoint, or the latest of this run"
     )
-    recipe = made.add_argument_group("recipe")
+    made.add_argument("--device", metavar="KIND", help="cuda, npu or cpu (default: the first of them that is there)")
+    groups: dict[str, Any] = {}
     types = get_type_hints(Recipe)
     for entry in fields(Recipe):
+        group = entry.metadata["group"]
+        if group not in groups:
+            groups[group] = made.add_argument_group(f"{group} (of every stage)")
         assert entry.default is not MISSING
-        recipe.add_argument(
+        groups[group].add_argument(
             "--" + entry.name.replace("_", "-"),
             default=argparse.SUPPRESS,
-            help=f"{entry.metadata['help']} (default: {entry.default})",
+            help=f"{entry.metadata['help']} (default: {entry.default!r})".replace("%", "%%"),
             **_how_to_read(types[entry.name]),
         )
     return made
+
+
+def _recipes(default: str) -> str:
+    names = "; ".join(f"{name}: {entry.summary}" for name, entry in CATALOG.items())
+    return f"what to train, by default {default!r}. {names}".replace("%", "%%")
 
 
 def _how_to_read(kind: Any) -> dict[str, Any]:
@@ -51,24 +77,64 @@ def _how_to_read(kind: Any) -> dict[str, Any]:
     return {"type": kind, "metavar": kind.__name__.upper()}
 
 
-def read(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
-    """(recipe, folder of the run, checkpoint to go on from). Raises InputError for what makes no sense together."""
+def read(made: argparse.ArgumentParser, arguments: Sequence[str]) -> Command:
+    """The command. Raises InputError for what makes no sense together."""
     given = made.parse_args(arguments)
     changes = {entry.name: getattr(given, entry.name) for entry in fields(Recipe) if hasattr(given, entry.name)}
     if given.resume is not None:
-        start = checkpoint.resolve(given.resume)
-        state = checkpoint.read_state(start)
-        checkpoint.check_world(start, state, int(os.environ.get("WORLD_SIZE", "1")))
-        out = given.out or start.parent.parent
-        if out.resolve() != start.parent.parent.resolve() and _holds_a_run(out):
-            raise InputError(f"--out: {out}: holds checkpoints of another run; give a new folder, or none")
-        return resumed(state["recipe"], changes), out, start
+        return _go_on(given, changes)
     out = given.out or _unused(given.default_out)
     if _holds_a_run(out):
         raise InputError(f"--out: {out}: holds checkpoints; give --resume {out} or another --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out}: is a file, want a folder")
-    return Recipe(**changes), out, None
+    return Command(
+        plan_of(getattr(given, "recipe", None), given.config, changes, given.default_recipe), out, None, given.device
+    )
+
+
+def plan_of(recipe: str | None, config: Path | None, changes: dict[str, Any], default: str) -> Plan:
+    """The stages of `recipe`, with the options of the file `config`, with `changes`: the later wins."""
+    options = {} if config is None else _read_yaml(config)
+    stages = options.pop("stages", None)
+    name = recipe or options.pop("recipe", default)
+    options.pop("recipe", None)
+    if name not in CATALOG:
+        raise InputError(f"{config}: recipe: got {name!r}, want one of {', '.join(CATALOG)}")
+    plan = CATALOG[name].plan
+    if stages is not None:
+        plan = _stages_of(config, stages, {**plan[0].as_dict(), **options})
+        options = {}
+    read_recipe(options, f"{config}")
+    return tuple(replace(stage, **{**options, **changes}) for stage in plan)
+
+
+def _stages_of(config: Path | None, stages: Any, common: dict[str, Any]) -> Plan:
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise InputError(f"{config}: stages: got {stages!r}, want a list of mappings from option to value")
+    names = [{"name": f"stage-{n}", **stage} for n, stage in enumerate(stages, start=1)]
+    return tuple(read_recipe({**common, **stage}, f"{config}: stages") for stage in names)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"--config: {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--config: {path}: got {type(found).__name__}, want a mapping from option to value")
+    return {str(name).replace("-", "_"): value for name, value in found.items()}
+
+
+def _go_on(given: argparse.Namespace, changes: dict[str, Any]) -> Command:
+    if given.config is not None or hasattr(given, "recipe"):
+        raise InputError("--resume: goes on with the checkpoint's own recipe; leave out --recipe and --config")
+    start = checkpoint.resolve(given.resume)
+    state = checkpoint.read_state(start)
+    out = given.out or start.parent.parent
+    if out.resolve() != start.parent.parent.resolve() and _holds_a_run(out):
+        raise InputError(f"--out: {out}: holds checkpoints of another run; give a new folder, or none")
+    return Command(tuple(resumed(saved, changes) for saved in state["plan"]), out, start, given.device)
 
 
 def _unused(folder: Path) -> Path:

@@ -1,40 +1,71 @@
-"""Train by a recipe: run or resume the trainer, write the model."""
+"""Train by a plan: one stage after the other, from random weights, a folder or a checkpoint; then write the model."""
 
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
-from training.assemble import Parts
-from training.checkpoint import MODEL, replace_folder
-from training.device import is_first, start_processes
+from training import checkpoint, parallel
+from training.assemble import Parts, freeze, open_samples
+from training.cli import Command
+from training.data.loader import StreamLoader
 from training.engines.deepspeed import DeepSpeedEngine
-from training.loss import TrainedModel
-from training.metrics import FlopCount
-from training.recipes import Recipe
-from training.records import StreamFeed
-from training.trainer import Trainer
+from training.metrics import FlopCount, peak_flops
+from training.objectives.supervised import Supervised
+from training.runlog import RunLog
+from training.trainer import Place, Trainer
 
 
-def train(recipe: Recipe, parts: Parts, out: Path, start: Path | None = None) -> Path:
-    """Train `parts` by `recipe` in the folder `out`, from checkpoint `start` if given; the last checkpoint.
+def train(command: Command, parts: Parts) -> Path:
+    """Train `parts` by the command's plan in its folder, from its checkpoint if it has one; the last checkpoint.
 
-    The model is also written to out/model.
-    Raises `training.interrupt.Interrupted`, after writing a checkpoint, on Ctrl-C or SIGTERM.
+    The model is also written to out/model. Raises `training.interrupt.Interrupted`, after writing a checkpoint, on
+    Ctrl-C or SIGTERM, and InputError where data or numbers end the run.
     """
-    start_processes()
+    plan, out, start = command.plan, command.out, command.start
+    state = {"stage": 0, "total": 0} if start is None else checkpoint.read_state(start)
+    ends = [sum(recipe.steps for recipe in plan[: n + 1]) for n in range(len(plan))]
+    saved = start
+    peak = peak_flops(plan[0].dtype) * parallel.world()
+    with RunLog(out, ends[-1], state["total"], plan[0].log_every, peak) as log:
+        for stage in range(state["stage"], len(plan)):
+            place = Place(out, plan, stage, ends[stage] - plan[stage].steps)
+            saved = train_stage(place, parts, start if stage == state["stage"] else None, log)
+        log.end()
+    if parallel.is_first():
+        export(parts, out / checkpoint.MODEL)
+    parallel.barrier()
+    assert saved is not None, "a plan has at least one stage"
+    return saved
+
+
+def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> Path:
+    """One stage, its engine made and taken apart; the checkpoint of its end."""
+    recipe = place.recipe
+    freeze(parts.model, recipe)
     flops = FlopCount(parts.model, parts.model.config)
-    engine = DeepSpeedEngine(TrainedModel(parts.model), recipe)
-    feed = StreamFeed(parts.samples, recipe.stream_length, recipe.seed)
-    trainer = Trainer(recipe, out, engine, feed, parts, flops)
-    if start is not None:
-        trainer.load(start)
-    checkpoint = trainer.fit()
-    report_corrupt(parts)
-    if is_first():
-        export(parts, out / MODEL)
-    dist.barrier()
-    return checkpoint
+    samples = open_samples(recipe, parts.processor)
+    engine = DeepSpeedEngine(Supervised(parts.model), recipe)
+    loader = StreamLoader(
+        samples,
+        streams=recipe.streams,
+        micro_batches=recipe.micro_batches,
+        rank=engine.data_rank,
+        world=engine.data_world,
+        capacity=recipe.stream_length,
+        seed=recipe.seed,
+        candidates=recipe.candidates,
+        workers=recipe.workers,
+        picture_balance=recipe.picture_balance,
+        pad_id=parts.pad_id,
+        blank=recipe.blank_pictures,
+    )
+    try:
+        trainer = Trainer(place, engine, loader, parts, samples.fingerprint, flops, log)
+        if start is not None:
+            trainer.load(start)
+        return trainer.fit()
+    finally:
+        loader.close()
+        engine.close()
 
 
 def export(parts: Parts, folder: Path) -> None:
@@ -43,19 +74,4 @@ def export(parts: Parts, folder: Path) -> None:
     shutil.rmtree(writing, ignore_errors=True)
     parts.model.save_pretrained(writing)
     parts.processor.save_pretrained(writing)
-    replace_folder(writing, folder)
-
-
-def report_corrupt(parts: Parts) -> None:
-    """Say which pictures no rank could read."""
-    found: list[dict[Path, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, parts.reader.corrupt)
-    corrupt = {path: reason for part in found for path, reason in part.items()}
-    if corrupt and is_first():
-        print(f"skipped {_plural(len(corrupt), 'corrupt picture')}:")
-        for path, reason in sorted(corrupt.items()):
-            print(f"  {path}: {reason}")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    checkpoint.replace_folder(writing, folder)

@@ -1,194 +1,230 @@
-"""The training loop: one step after the other, watched, logged, interruptible and resumable."""
+"""One stage of training: step after step, watched, logged, interruptible and resumable."""
 
+import os
+import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from training import checkpoint
+from training import checkpoint, parallel
+from training.adalrs import AdaLRS
 from training.assemble import Parts
-from training.device import is_first, sum_over_ranks
-from training.engines.deepspeed import DeepSpeedEngine
+from training.data.loader import LoadedStep, StreamLoader
+from training.engines.engine import Engine, StepResult
+from training.errors import InputError
+from training.faults import BadRecords, NotFinite
 from training.interrupt import SIGNALS, Interrupted, Watch
-from training.loss import balance_losses, label_count
-from training.metrics import FlopCount, MetricsLog, activation_entropy, dense_matmul_rate
-from training.packing import PackedBatch, pack
-from training.progress import TrainingProgress
+from training.metrics import FlopCount, activation_entropy
 from training.recipes import Recipe
-from training.records import StreamFeed
+from training.runlog import RunLog
 from training.schedule import cosine_with_warmup
 
-METRICS = "metrics.jsonl"
+ENGINE = "engine"
+ADALRS = "adalrs"  # the snapshot that a trial of a learning rate may go back to
 
 
-@dataclass
-class StepReport:
-    """What one step did, over all ranks; `balance_M` and `entropy_M` hold a value for each expert layer."""
+class Place(NamedTuple):
+    """Where in a run: its folder, its stages, which of them this is, and the steps of those before it."""
 
-    loss: float
+    out: Path
+    plan: tuple[Recipe, ...]
+    stage: int
+    steps_before: int
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of this stage."""
+        return self.plan[self.stage]
+
+
+class Sums(NamedTuple):
+    """Of one step, over all data-parallel ranks; `signal` is one that any of them got, or 0."""
+
     tokens: int
-    flops: float
-    balance_M: list[float]
-    entropy_M: list[float]
-    skipped: int
+    pairs: int
+    tiles: int
+    records: int
+    faults: int
+    waited: float  # seconds, mean over ranks
     signal: int
 
 
 class Trainer:
-    """Runs `recipe.steps` steps of `engine` over `feed`, from wherever both stand."""
+    """Runs the steps of a stage with `engine` over `loader`, from wherever both stand."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        out: Path,
-        engine: DeepSpeedEngine,
-        feed: StreamFeed,
+        place: Place,
+        engine: Engine,
+        loader: StreamLoader,
         parts: Parts,
+        data: dict[str, Any],
         flops: FlopCount,
+        log: RunLog,
     ) -> None:
-        self.recipe, self.out, self.engine, self.feed, self.parts, self.flops = recipe, out, engine, feed, parts, flops
-        self.dtype = getattr(torch, recipe.dtype)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.place, self.engine, self.loader, self.parts, self.log = place, engine, loader, parts, log
+        self.recipe, self.data, self.flops = place.recipe, data, flops
         self.step = 0
+        self.peak = self.recipe.lr
+        self.adalrs = AdaLRS(self.recipe.lr) if self.recipe.adalrs else None
+        self.bad, self.not_finite = BadRecords(self.recipe.max_bad), NotFinite(self.recipe.max_not_finite)
+        self.saved: Path | None = None
 
     def fit(self) -> Path:
-        """Train to the last step and return the final checkpoint.
+        """Train to the stage's last step; the checkpoint of its end.
 
-        On SIGINT or SIGTERM every rank ends the same step, a checkpoint is written, and Interrupted is raised.
+        On SIGINT or SIGTERM every rank ends the same step, a checkpoint is written, and Interrupted is raised. Raises
+        InputError, after a checkpoint, where too many records or steps in a row cannot be used.
         """
-        dense_rate = dense_matmul_rate(self.dtype, torch.device("cpu")) * self.world
-        log = MetricsLog(self.out / METRICS, keep_steps=self.step) if is_first() else None
-        saved = None
-        with (
-            Watch() as watch,
-            TrainingProgress(self.recipe.steps, self.step, self.recipe.log_every, shown=is_first()) as progress,
-        ):
+        with Watch() as watch:
             while self.step < self.recipe.steps:
-                start = time.perf_counter()
-                report = self._train_step(watch)
-                seconds = time.perf_counter() - start
-                figures = {"tokens_per_s": report.tokens / seconds, "mfu_like": report.flops / seconds / dense_rate}
-                progress.update(self.step, report.loss, figures["tokens_per_s"], figures["mfu_like"])
-                if log is not None:
-                    log.write(self._line(report, seconds, figures))
-                if report.signal or self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
-                    saved = self.save()
-                if report.signal:
-                    raise Interrupted(report.signal, self.step, str(saved))
-        if log is not None:
-            log.close()
-        return saved or self.save()
+                signal = self._one_step(watch)
+                with self._saving_first():
+                    self.bad.check()
+                    self._check_finite()
+                if signal or self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
+                    self.save()
+                if signal:
+                    raise Interrupted(signal, self._total(), str(self.saved))
+        return self.saved or self.save()
+
+    def _one_step(self, watch: Watch) -> int:
+        began = time.perf_counter()
+        loaded = self.loader.next()
+        lr = learning_rate(self.recipe, self.step, self.peak)
+        result = self.engine.train_step(loaded.batches, lr)
+        self.step += 1
+        sums = self._sums(loaded, watch)
+        for message in self.bad.add(sums.records, self._faults(loaded, sums)):
+            self.log.say(message)
+        self.not_finite.add(result.finite)
+        flops = self.flops.step(sums.tokens, result.labels, sums.pairs, sums.tiles)
+        self.log.write(self._line(result, sums, loaded, time.perf_counter() - began, lr), flops)
+        if self.adalrs is not None and result.finite:
+            self._adjust_rate(self.adalrs, result.loss)
+        return sums.signal
+
+    def _sums(self, loaded: LoadedStep, watch: Watch) -> Sums:
+        batches, signals = loaded.batches, [float(watch.number == number) for number in SIGNALS]
+        own = [
+            *(float(sum(getattr(batch, name) for batch in batches)) for name in ("tokens", "pairs")),
+            *(float(sum(len(batch.pixels) for batch in batches)), float(loaded.records), float(len(loaded.faults))),
+            *(loaded.waited, *signals),
+        ]
+        tokens, pairs, tiles, records, faults, waited, *seen = parallel.sum_over_ranks(own)
+        caught = [number for number, count in zip(SIGNALS, seen, strict=True) if count]
+        counts = map(int, (tokens, pairs, tiles, records, faults))
+        return Sums(*counts, waited / parallel.world(), caught[0] if caught else 0)
+
+    def _faults(self, loaded: LoadedStep, sums: Sums) -> list[tuple[str, str]]:
+        """Of all ranks, in their order."""
+        return [fault for part in parallel.gather_objects(loaded.faults) for fault in part] if sums.faults else []
+
+    def _line(self, result: StepResult, sums: Sums, loaded: LoadedStep, seconds: float, lr: float) -> dict[str, Any]:
+        return {
+            "step": self._total(),
+            "stage": self.recipe.name,
+            "loss": result.loss,
+            "lr": lr,
+            "balance_loss": result.balance_M,
+            "expert_entropy": [activation_entropy(counts_E) for counts_E in result.counts_ME],
+            "grad_norm": result.grad_norm,
+            "labels": result.labels,
+            "tokens": sums.tokens,
+            "seconds": seconds,
+            "data_wait": sums.waited / seconds,
+            "padding": loaded.padding,
+            "tiles": sums.tiles,
+            "skipped_records": self.bad.bad,
+            "skipped_steps": self.not_finite.total,
+        }
+
+    def _adjust_rate(self, adalrs: AdaLRS, loss: float) -> None:
+        """A trial of another peak starts from a snapshot; where it does worse, weights and optimizer go back to it."""
+        action = adalrs.observe(self.step, loss)
+        snapshot = self.place.out / checkpoint.FOLDER / ADALRS
+        if action.snapshot:
+            checkpoint.replace_from_ranks(snapshot, self.engine.save)
+        if action.roll_back:
+            self.engine.load(snapshot)
+        if action.rate != self.peak:
+            self.log.say(f"step {self._total()}: AdaLRS: peak learning rate {self.peak:.3g} -> {action.rate:.3g}")
+            self.peak = action.rate
+
+    @contextmanager
+    def _saving_first(self) -> Iterator[None]:
+        """Before an error of the data or of the numbers ends the run, what it has learned is written."""
+        try:
+            yield
+        except InputError:
+            self.save()
+            raise
+
+    def _check_finite(self) -> None:
+        if self.not_finite.too_many:
+            raise InputError(
+                f"{self.not_finite.in_a_row} steps in a row had a loss or gradient that is not finite and changed"
+                f" nothing; the checkpoint holds the weights from before. Lower --lr or look at the data"
+            )
+
+    def _total(self) -> int:
+        return self.place.steps_before + self.step
 
     def save(self) -> Path:
         """Write a checkpoint of this moment and make it the latest."""
+        feed = {
+            name: state for part in parallel.gather_objects(self.loader.state_dict()) for name, state in part.items()
+        }
         state = {
+            "stage": self.place.stage,
             "step": self.step,
-            "recipe": self.recipe.as_dict(),
-            "feed": self.feed.state_dict(),
-            "world": self.world,
-            "data": self.parts.data,
+            "total": self._total(),
+            "plan": [recipe.as_dict() for recipe in self.place.plan],
+            "feed": {name: state for part in streams for name, state in part.items()},
+            "bad": self.bad.state_dict(),
+            "not_finite": self.not_finite.state_dict(),
+            "peak": self.peak,
+            "adalrs": None if self.adalrs is None else self.adalrs.state_dict(),
+            "world": parallel.world(),
+            "data": self.data,
             "versions": checkpoint.versions(),
         }
+        root = self.place.out / checkpoint.FOLDER
+        self.saved = checkpoint.publish(root, self._total(), state, self._write, keep=self.recipe.keep)
+        return self.saved
 
-        def write(folder: Path) -> None:
-            self.engine.save(folder)
-            torch.save({"torch": torch.get_rng_state()}, folder / f"rng-{self.rank}.pt")
-            if is_first():
-                self.parts.processor.save_pretrained(folder / checkpoint.MODEL)
-                self.parts.model.config.save_pretrained(folder / checkpoint.MODEL)
-
-        root = self.out / checkpoint.FOLDER
-        return checkpoint.publish(root, self.step, state, write, is_first=is_first(), barrier=dist.barrier)
+    def _write(self, folder: Path) -> None:
+        self.engine.save(folder / ENGINE)
+        if parallel.is_first():
+            self.parts.processor.save_pretrained(folder / checkpoint.MODEL)
+            self.parts.model.config.save_pretrained(folder / checkpoint.MODEL)
+            if self.adalrs is not None and self.adalrs.in_trial:
+                snapshot = self.place.out / checkpoint.FOLDER / ADALRS
+                shutil.copytree(snapshot, folder / ADALRS, copy_function=os.link)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint: weights, optimizer, data order, random numbers, step.
-
-        Raises InputError where it was written by another number of processes.
-        """
+        """Go on from a checkpoint: weights, optimizer, data order, random numbers, step."""
         state = checkpoint.read_state(folder)
-        checkpoint.check_world(folder, state, self.world)
         then, now = state["versions"], checkpoint.versions()
         changed = [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
-        if changed and is_first():
-            print(f"{folder}: written with {'; '.join(changed)}: the curve may differ by rounding")
-        self.engine.load(folder)
-        self.feed.load_state_dict(state["feed"])
-        torch.set_rng_state(torch.load(folder / f"rng-{self.rank}.pt")["torch"])
-        self.step = state["step"]
-
-    def _train_step(self, watch: Watch) -> StepReport:
-        micros = [self._batch(streams) for streams in self._next_micro_batches()]
-        (labels,) = sum_over_ranks([float(sum(label_count(batch) for batch, *_ in micros))])
-        lr = learning_rate(self.recipe, self.step)
-        totals, counts, balances = [0.0] * 5, [], []
-        for batch, pixels, skipped in micros:
-            out = self.engine.forward(batch, pixels)
-            tokens = int(batch.token_mask().sum())
-            balance_M = balance_losses(out.counts_ME, out.prob_sum_ME, tokens, dist.group.WORLD)
-            # the engine takes the mean over ranks and micro-batches; this turns it into the mean over all labels
-            share = self.world * len(micros) / max(1.0, labels)
-            self.engine.backward(out.answer_loss_sum * share + self.recipe.balance * _mean(balance_M))
-            self.engine.step(lr)
-            pairs = batch.attention.pairs()
-            done = (float(out.answer_loss_sum.detach()), tokens, pairs, len(batch.pictures), skipped)
-            totals = [total + value for total, value in zip(totals, done, strict=True)]
-            counts.append(out.counts_ME)
-            balances.append(balance_M.detach())
-        self.step += 1
-        return self._report(totals, torch.stack(counts).sum(0), torch.stack(balances).mean(0), labels, watch)
-
-    def _report(
-        self, totals: list[float], counts_ME: Tensor, balance_M: Tensor, labels: float, watch: Watch
-    ) -> StepReport:
-        signals = [float(watch.number == number) for number in SIGNALS]
-        summed = sum_over_ranks([*totals, *signals, *counts_ME.double().flatten().tolist()])
-        loss_sum, tokens, pairs, pictures, skipped = summed[:5]
-        seen = [number for number, count in zip(SIGNALS, summed[5:7], strict=True) if count]
-        counts = torch.tensor(summed[7:]).view(counts_ME.shape)
-        return StepReport(
-            loss=loss_sum / max(1.0, labels),
-            tokens=int(tokens),
-            flops=self.flops.step(int(tokens), int(labels), int(pairs), int(pictures)),
-            balance_M=balance_M.tolist(),
-            entropy_M=[activation_entropy(counts_E) for counts_E in counts],
-            skipped=int(skipped),
-            signal=seen[0] if seen else 0,
-        )
-
-    def _next_micro_batches(self) -> list[list[list[Any]]]:
-        """This rank's streams of each micro-batch; all ranks together read a step's streams in order."""
-        width = self.recipe.streams
-        streams = self.feed.next(self.recipe.micro_batches * self.world * width)
-        starts = [(micro * self.world + self.rank) * width for micro in range(self.recipe.micro_batches)]
-        return [streams[start : start + width] for start in starts]
-
-    def _batch(self, streams: list[list[Any]]) -> tuple[PackedBatch, Tensor, int]:
-        batch = pack(streams, self.parts.pad_id)
-        pixels, skipped = self.parts.reader.fill(batch, blank=self.recipe.blank_pictures)
-        return batch, pixels.to(self.dtype), skipped
-
-    def _line(self, report: StepReport, seconds: float, figures: dict[str, float]) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "loss": report.loss,
-            "balance_loss": report.balance_M,
-            "expert_entropy": report.entropy_M,
-            "grad_norm": self.engine.grad_norm(),
-            "tokens": report.tokens,
-            "seconds": seconds,
-            "skipped_pictures": report.skipped,
-            **figures,
-        }
+        if changed:
+            self.log.say(f"{folder}: written with {'; '.join(changed)}: the curve may differ by rounding")
+        checkpoint.check_data(folder, self.recipe.data, self.data)
+        self.engine.load(folder / ENGINE)
+        self.loader.load_state_dict(state["feed"])
+        self.bad.load_state_dict(state["bad"])
+        self.not_finite.load_state_dict(state["not_finite"])
+        if self.adalrs is not None:
+            self.adalrs.load_state_dict(state["adalrs"])
+            if self.adalrs.in_trial and parallel.is_first():
+                checkpoint.replace_by_copy(folder / ADALRS, self.place.out / checkpoint.FOLDER / ADALRS)
+        self.step, self.peak, self.saved = state["step"], state["peak"], folder
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Warm-up, then a cosine down to 2% of the peak."""
-    return cosine_with_warmup(step, peak=recipe.lr, warmup=recipe.warmup, steps=recipe.steps, floor=0.02 * recipe.lr)
-
-
-def _mean(balance_M: Tensor) -> Tensor:
-    return balance_M.mean() if balance_M.numel() else balance_M.sum()
+def learning_rate(recipe: Recipe, step: int, peak: float) -> float:
+    """Warm-up to `peak`, then constant or a cosine down to a share of it."""
+    if recipe.schedule == "constant":
+        return peak * min(1.0, (step + 1) / max(1, recipe.warmup))
+    return cosine_with_warmup(step, peak=peak, warmup=recipe.warmup, steps=recipe.steps, floor=recipe.lr_floor * peak)

@@ -73,12 +73,13 @@ class Samples(Protocol):
 
     lengths: Sequence[int]  # records of each source
     weights: Sequence[float]  # how often each source is drawn from, by records; sums to 1
+    tile_shape: tuple[int, int, int]  # (3, size, size)
 
     def sample(self, source: int, record: int) -> list[Sample]:
         """The record's samples: one, or several where its branches do not fit a stream. Raises BadRecord."""
 
     def pixels(self, picture: PictureSlot) -> Tensor:
-        """[tiles, 3, size, size], fp32, normalized. Raises CorruptImageError or OSError where it cannot be read."""
+        """[tiles, *tile_shape], fp32, normalized, so that zeros are the mean color.
 
-    def blank(self, picture: PictureSlot) -> Tensor:
-        """Zeros in the place of `pixels`: the mean color after normalization."""
+        Raises CorruptImageError or OSError where the picture cannot be read.
+        """

@@ -1,0 +1,196 @@
+"""A rank's micro-batches, step after step, read and decoded ahead of them by worker processes."""
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from training.data.batch import Batch, collate
+from training.data.conversation import BadRecord
+from training.data.sample import Samples
+from training.data.streams import Drawn, Fault, LogicalStream, Packing, balanced
+from training.errors import InputError
+
+PREFETCH = 2  # steps that each worker is ahead
+Item = list[tuple[int, Drawn]] | InputError  # a worker's rows of a step; torch would bury an error in a traceback
+
+
+class WorkerDied(RuntimeError):
+    """A process that reads data was killed, by the kernel for memory perhaps."""
+
+
+@dataclass
+class LoadedStep:
+    """A step's micro-batches of this rank, what went wrong in making them, and what that cost."""
+
+    batches: list[Batch]
+    faults: list[Fault]
+    records: int  # drawn for them, bad ones too
+    waited: float  # seconds
+    padding: float  # share of all positions
+    tiles: list[int]  # of each micro-batch
+
+
+class StreamLoader:
+    """Micro-batches of `streams` logical streams, of which this rank reads its share; endless.
+
+    A step takes one row of each stream: micro-batch m of `micro_batches` holds streams m * streams / micro_batches and
+    the following, and rank r the r-th part of these. So batches depend on neither `world` nor `workers`. Raises
+    InputError where the streams cannot be divided so.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        streams: int,
+        capacity: int,
+        seed: int,
+        pad_id: int,
+        micro_batches: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        candidates: int = 64,
+        workers: int = 0,
+        picture_balance: bool = False,
+        blank: bool = False,
+    ) -> None:
+        if streams % (micro_batches * world):
+            raise InputError(
+                f"streams: got {streams}, want a multiple of micro_batches x processes, {micro_batches} x {world}"
+            )
+        self.samples, self.seed, self.streams, self.pad_id = samples, seed, streams, pad_id
+        width = streams // (micro_batches * world)
+        self.shares = [
+            list(range((micro * world + rank) * width, (micro * world + rank + 1) * width))
+            for micro in range(micro_batches)
+        ]
+        self.own = [number for share in self.shares for number in share]
+        self.workers = min(workers, len(self.own))
+        packing = Packing(capacity, candidates, blank=blank)
+        if picture_balance:
+            packing = balanced(samples, packing, seed=seed, streams=streams)
+        self.packing = packing
+        self._states: dict[int, dict[str, Any]] = {}
+        self._steps: Iterator[Item] | None = None
+
+    def next(self) -> LoadedStep:
+        """The next step's micro-batches."""
+        began = time.perf_counter()
+        drawn = self._next_rows()
+        self._states.update({number: found.state for number, found in drawn.items()})
+        batches = [collate([drawn[number].row for number in share], self.pad_id) for share in self.shares]
+        positions = sum(batch.input_ids_BL.numel() for batch in batches)
+        return LoadedStep(
+            batches=batches,
+            faults=[fault for number in self.own for fault in drawn[number].faults],
+            records=sum(found.records for found in drawn.values()),
+            waited=time.perf_counter() - began,
+            padding=1 - sum(batch.tokens for batch in batches) / positions,
+            tiles=[len(batch.pixels) for batch in batches],
+        )
+
+    def _next_rows(self) -> dict[int, Drawn]:
+        if self._steps is None:
+            self._steps = self._start()
+        drawn: dict[int, Drawn] = {}
+        try:
+            for _ in range(max(1, self.workers)):
+                drawn.update(next(self._steps))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"data: a worker process died ({error}); --resume goes on from the last checkpoint"
+            ) from error
+        return drawn
+
+    def _start(self) -> Iterator[list[tuple[int, Drawn]]]:
+        rows = _Rows(self.samples, self.packing, self.seed, self.own, self.streams, self._states)
+        if not self.workers:
+            return iter(rows)
+        # a fork of this process would copy its threads' locks; the server's forks share one import of torch
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["training.data.loader"])
+        loader = DataLoader(
+            rows,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=PREFETCH,
+            multiprocessing_context=context,
+            worker_init_fn=_start_worker,
+        )
+        return iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank's streams, for JSON; those of all ranks together are a checkpoint."""
+        described = {"streams": self.streams, "seed": self.seed, "lengths": list(self.samples.lengths)}
+        return {"all": described, **{str(number): self._state(number) for number in self.own}}
+
+    def _state(self, number: int) -> dict[str, Any]:
+        if number in self._states:
+            return self._states[number]
+        return self._stream(number).state_dict()
+
+    def _stream(self, number: int) -> LogicalStream:
+        return LogicalStream(self.samples, self.packing, seed=self.seed, number=number, streams=self.streams)
+
+    def load_state_dict(self, states: dict[str, Any]) -> None:
+        """Go on with the very next rows; `states` are those of all ranks, of which this one takes its own.
+
+        Raises InputError where they are of other data, of another seed or of another number of streams.
+        """
+        described = {"streams": self.streams, "seed": self.seed, "lengths": list(self.samples.lengths)}
+        if states.get("all") != described:
+            raise InputError(f"--resume: the data was read as {states.get('all')}, and is now {described}")
+        self.close()
+        self._states = {number: states[str(number)] for number in self.own}
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._steps = None
+
+
+class _Rows(IterableDataset[Item]):
+    """Endless rows, an item a step: a worker has every n-th of the rank's streams."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        packing: Packing,
+        seed: int,
+        own: Sequence[int],
+        streams: int,
+        states: dict[int, dict[str, Any]],
+    ) -> None:
+        self.samples, self.packing, self.seed, self.own = samples, packing, seed, own
+        self.streams, self.states = streams, states
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        mine = self.own if worker is None else self.own[worker.id :: worker.num_workers]
+        try:
+            made = [self._stream(number) for number in mine]
+            while True:
+                yield [(number, stream.next()) for number, stream in zip(mine, made, strict=True)]
+        except InputError as error:
+            yield error
+
+    def _stream(self, number: int) -> LogicalStream:
+        stream = LogicalStream(self.samples, self.packing, seed=self.seed, number=number, streams=self.streams)
+        if number in self.states:
+            try:
+                stream.load_state_dict(self.states[number])
+            except BadRecord as error:
+                raise InputError(f"--resume: data: a sample that waited cannot be read any more: {error}") from error
+        return stream
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the trainer's to handle
