@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sail_model.assemble import assemble as assemble_parts
 
 from sail_model import (
     SailVL2Config,
@@ -80,6 +79,8 @@ def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
         model = SailVL2ForConditionalGeneration(SailVL2Config.from_pretrained(folder))
         return Parts(SailVL2Processor.from_pretrained(folder), model)
     if recipe.vision:
+        from sail_model.assemble import assemble as assemble_parts
+
         model, processor = assemble_parts(vision=Path(recipe.vision), language=Path(recipe.language))
         return Parts(processor, model)
     if recipe.model in MODELS:

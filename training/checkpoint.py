@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training import parallel
 from training.errors import InputError
 
 FOLDER = "checkpoints"
@@ -62,23 +63,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_world(checkpoint: Path, state: dict[str, Any], world: int) -> None:
-    """Raises InputError where the checkpoint was written by another number of processes than `world`."""
-    if state["world"] != world:
-        raise InputError(f"--resume: {checkpoint}: written by {state['world']} processes, this run has {world}")
-
-
-def check_data(checkpoint: Path, source: str, found: dict[str, Any]) -> None:
-    """Raises InputError where the data is not what the checkpoint was trained on (`training.records.fingerprint`)."""
-    trained = read_state(checkpoint).get("data")
-    if trained is None or not (checkpoint / MODEL).is_dir():
-        raise InputError(f"--resume: {checkpoint}: too old, it has no {MODEL}/ folder or no fingerprint of its data")
+def check_data(checkpoint: Path, source: str, found: Any) -> None:
+    """Raises InputError where the data is not what the checkpoint was trained on (`Mixture.fingerprint`)."""
+    trained = read_state(checkpoint)["data"]
     if trained != found:
-        was, now = (f"{data['records']} records, sha256 {data['sha256'][:12]}" for data in (trained, found))
+        was, now = ("; ".join(map(_described, data)) for data in (trained, found))
         raise InputError(
             f"--resume: {checkpoint}: trained on {was}, but {source} has {now}; a run goes on with its own data alone:"
             f" bring that back, or start a new run"
         )
+
+
+def _described(data: dict[str, Any]) -> str:
+    return f"{data['records']} records, sha256 {data['sha256'][:12]}, weight {data['weight']:.3g}"
 
 
 def versions() -> dict[str, str]:
@@ -86,37 +83,52 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def publish(
-    root: Path,
-    step: int,
-    state: dict[str, Any],
-    write: Callable[[Path], None],
-    *,
-    is_first: bool,
-    barrier: Callable[[], None],
-    keep: int = 2,
-) -> Path:
+class NotSaved(InputError):
+    """A checkpoint could not be written, on every rank alike; the one before it is still the latest."""
+
+
+def publish(root: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], *, keep: int = 2) -> Path:
     """Write one checkpoint from all ranks and make it `latest`; older ones than the last `keep` are removed.
 
-    `write(folder)` is called on every rank and writes that rank's files; the rank with `is_first` does the rest
-    between barriers. A checkpoint is never overwritten: a second one of the same step gets the suffix ".2".
+    `write(folder)` is called on every rank and writes that rank's files; the first rank does the rest. A checkpoint is
+    never overwritten: a second one of the same step gets the suffix ".2". Raises NotSaved where any rank's disk fails.
     """
-    folder = root / f".writing-{step_name(step)}"
     final = _unused(root, step_name(step))
-    barrier()
-    if is_first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    barrier()
-    write(folder)
-    barrier()
-    if is_first:
-        (folder / TRAINER).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def complete(folder: Path) -> None:
+        (folder / TRAINER).write_text(json.dumps(state), encoding="utf-8")
         replace_folder(folder, final)
         replace_file(root / LATEST, final.name + "\n")
         _remove_old(root, keep)
-    barrier()
+
+    write_from_ranks(root / f".writing-{step_name(step)}", write, complete)
     return final
+
+
+def replace_from_ranks(final: Path, write: Callable[[Path], None]) -> None:
+    """`final`, made anew by all ranks: what it held before stays until all is written. Raises NotSaved."""
+    write_from_ranks(final.with_name(f".writing-{final.name}"), write, lambda folder: replace_folder(folder, final))
+
+
+def write_from_ranks(folder: Path, write: Callable[[Path], None], complete: Callable[[Path], None]) -> None:
+    """`write(folder)` on every rank, then `complete(folder)` on the first. Raises NotSaved on all where one fails."""
+    steps: list[tuple[Callable[[Path], None], bool]] = [(_fresh, True), (write, False), (complete, True)]
+    for act, first_only in steps:
+        failed = ""
+        try:
+            if parallel.is_first() or not first_only:
+                act(folder)
+        except OSError as error:
+            failed = f"process {parallel.rank()}: {error}"
+        if found := [reason for reason in parallel.gather_objects(failed) if reason]:
+            if parallel.is_first():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise NotSaved(f"{folder.parent}: a checkpoint could not be written: {'; '.join(found)}")
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def replace_folder(written: Path, final: Path) -> None:

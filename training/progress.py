@@ -1,11 +1,16 @@
-"""What the user sees while training: a rich bar on a terminal, one line now and then elsewhere."""
+"""What the user sees while training: a rich bar on a terminal, one line now and then elsewhere; a table at the end."""
 
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-FIGURES = "loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s  MFU-like {task.fields[mfu]:.1%}"
+from training.metrics import peak_memory, read_lines
+
+FIGURES = "{task.fields[text]}"
 
 
 class TrainingProgress:
@@ -24,7 +29,7 @@ class TrainingProgress:
             console=self.console,
             disable=not (shown and self.console.is_terminal),
         )
-        self._task = self._bar.add_task("", total=steps, completed=start, loss=float("nan"), rate=0.0, mfu=0.0)
+        self._task = self._bar.add_task("", total=steps, completed=start, text="")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -35,12 +40,47 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, step: int, loss: float, rate: float, mfu: float) -> None:
-        """Show that `step` steps are done, the loss of the last, tokens a second and the share of dense mm."""
-        self._bar.update(self._task, completed=step, loss=loss, rate=rate, mfu=mfu)
+    def update(self, line: dict[str, Any]) -> None:
+        """Show a step by its line of metrics.jsonl."""
+        step, text = line["step"], figures(line)
+        self._bar.update(self._task, completed=step, text=text)
         if not self.console.is_terminal and (step % self.log_every == 0 or step == self.steps):
-            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  MFU-like {mfu:.1%}")
+            self.say(f"step {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
         """One line above the bar."""
         self.console.print(text, soft_wrap=True)
+
+
+def figures(line: dict[str, Any]) -> str:
+    """A step in a few words."""
+    return (
+        f"{line['stage']}  loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  MFU {line['mfu']:.1%}"
+        f"  {peak_memory() / 2**30:.1f} GiB  data {line['data_wait']:.1%}"
+    )
+
+
+def closing_table(metrics: Path, seconds: float) -> Table:
+    """Of each stage of a run, what it did and how fast; `seconds` is this process's time, the rest the run's."""
+    table = Table(
+        "stage", "steps", "tokens", "time", "tokens/s", "MFU", "waited for data", "padding", "loss", "skipped"
+    )
+    lines = read_lines(metrics)
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        own = [line for line in lines if line["stage"] == stage]
+        took, tokens = (sum(line[name] for line in own) for name in ("seconds", "tokens"))
+        share = {name: sum(line[name] * line["seconds"] for line in own) / took for name in ("mfu", "data_wait")}
+        padding = sum(line["padding"] for line in own) / len(own)
+        skipped = f"{own[-1]['skipped_records']} records, {own[-1]['skipped_steps']} steps"
+        table.add_row(
+            *(stage, f"{len(own):,}", f"{tokens:,}", f"{took:,.0f} s", f"{tokens / took:,.0f}", f"{share['mfu']:.1%}"),
+            *(f"{share['data_wait']:.1%}", f"{padding:.1%}", f"{_ends(own, 0)} -> {_ends(own, -1)}", skipped),
+        )
+    table.caption = f"{seconds:,.0f} s, peak memory {peak_memory() / 2**30:.1f} GiB"
+    return table
+
+
+def _ends(lines: list[dict[str, Any]], which: int) -> str:
+    """Mean loss of the first or last steps."""
+    few = lines[: max(1, len(lines) // 20)] if which == 0 else lines[-max(1, len(lines) // 20) :]
+    return f"{sum(line['loss'] for line in few) / len(few):.4f}"

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics.jsonl, TensorBoard, a bar or lines on the first rank; a table at its end."""
+"""What a run says while it goes on: metrics.jsonl, TensorBoard, a bar or lines; at its end a table."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from training import parallel
-from training.metrics import FlopCount, MetricsLog
+from training.metrics import MetricsLog
 from training.progress import TrainingProgress, closing_table
 from training.tensorboard import TensorBoard
 

@@ -1,5 +1,6 @@
 """One stage of training: step after step, watched, logged, interruptible and resumable."""
 
+import math
 import os
 import shutil
 import time
@@ -84,8 +85,10 @@ class Trainer:
                 with self._saving_first():
                     self.bad.check()
                     self._check_finite()
-                if signal or self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
+                if signal or self.step == self.recipe.steps:
                     self.save()
+                elif self.step % self.recipe.save_every == 0:
+                    self._save_if_possible()
                 if signal:
                     raise Interrupted(signal, self._total(), str(self.saved))
         return self.saved or self.save()
@@ -102,8 +105,8 @@ class Trainer:
         self.not_finite.add(result.finite)
         flops = self.flops.step(sums.tokens, result.labels, sums.pairs, sums.tiles)
         self.log.write(self._line(result, sums, loaded, time.perf_counter() - began, lr), flops)
-        if self.adalrs is not None and result.finite:
-            self._adjust_rate(self.adalrs, result.loss)
+        if self.adalrs is not None:
+            self._adjust_rate(self.adalrs, result.loss if result.finite else math.inf)
         return sums.signal
 
     def _sums(self, loaded: LoadedStep, watch: Watch) -> Sums:
@@ -173,10 +176,8 @@ class Trainer:
         return self.place.steps_before + self.step
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment and make it the latest."""
-        feed = {
-            name: state for part in parallel.gather_objects(self.loader.state_dict()) for name, state in part.items()
-        }
+        """Write a checkpoint of this moment and make it the latest. Raises checkpoint.NotSaved."""
+        streams = parallel.gather_objects(self.loader.state_dict())
         state = {
             "stage": self.place.stage,
             "step": self.step,
@@ -194,6 +195,13 @@ class Trainer:
         root = self.place.out / checkpoint.FOLDER
         self.saved = checkpoint.publish(root, self._total(), state, self._write, keep=self.recipe.keep)
         return self.saved
+
+    def _save_if_possible(self) -> None:
+        """A full disk is no reason to lose what has been learned since: training goes on, and the next one may fit."""
+        try:
+            self.save()
+        except checkpoint.NotSaved as error:
+            self.log.say(f"step {self._total()}: {error}; training goes on, the latest is still {self.saved}")
 
     def _write(self, folder: Path) -> None:
         self.engine.save(folder / ENGINE)

@@ -110,10 +110,10 @@ class StreamLoader:
             ) from error
         return drawn
 
-    def _start(self) -> Iterator[list[tuple[int, Drawn]]]:
+    def _start(self) -> Iterator[Item]:
         rows = _Rows(self.samples, self.packing, self.seed, self.own, self.streams, self._states)
         if not self.workers:
-            return iter(rows)
+            return rows.__iter__()
         # a fork of this process would copy its threads' locks; the server's forks share one import of torch
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["training.data.loader"])
@@ -125,7 +125,8 @@ class StreamLoader:
             multiprocessing_context=context,
             worker_init_fn=_start_worker,
         )
-        return iter(loader)
+        started: Iterator[Item] = iter(loader)
+        return started
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank's streams, for JSON; those of all ranks together are a checkpoint."""
@@ -156,7 +157,7 @@ class StreamLoader:
         self._steps = None
 
 
-class _Rows(IterableDataset[Item]):
+class _Rows(IterableDataset):
     """Endless rows, an item a step: a worker has every n-th of the rank's streams."""
 
     def __init__(

@@ -29,11 +29,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class PictureSlot:
-    """A picture known before it is decoded: `tiles` of pixels, `patches` of the encoder, `tokens` of the decoder."""
+    """A picture known before it is decoded: `tiles` of pixels, `tokens` of the decoder."""
 
     source: Path | bytes
     tiles: int
-    patches: int
     tokens: int
     max_tiles: int | None = None  # as in `conversation.Picture`
 

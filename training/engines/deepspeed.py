@@ -1,87 +1,160 @@
-"""DeepSpeed: ZeRO with the optimizer in CPU memory, behind the few calls that the trainer makes."""
+"""DeepSpeed: ZeRO 0 to 3, the optimizer in CPU memory where asked, as an `Engine`."""
 
-import os
+import json
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from training.device import start_processes
+from training import parallel
+from training.data.batch import Batch
+from training.engines import fragments
+from training.engines.engine import StepResult
 from training.errors import InputError
+from training.objectives.supervised import balance_losses
 from training.recipes import Recipe
 
-TAG = "engine"
+STATE = "engine.json"
 
 
 class DeepSpeedEngine:
-    """`model` under ZeRO stage 0 or 2; gradients are the mean over ranks and micro-batches of each loss given.
+    """`objective`, whose parameters that require a gradient are trained by the recipe's rates.
 
-    Experts must be stacked parameters that always get dense gradients: under ZeRO-2, a parameter that one rank
-    skips gets a silently wrong gradient.
+    Experts must be stacked parameters that always get dense gradients: under ZeRO, a parameter that one rank skips
+    gets a silently wrong gradient.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        start_processes()
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    def __init__(self, objective: nn.Module, recipe: Recipe) -> None:
+        parallel.start_processes()
         import deepspeed
         import deepspeed.ops
 
         # an inference all-reduce that DeepSpeed compiles (35 s) whenever it starts on a CPU; training never calls it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=parallel.kind().backend, verbose=False)
+        self.recipe, self.objective = recipe, objective
+        self.data_rank, self.data_world = parallel.rank(), parallel.world()
+        self.dtype = getattr(torch, recipe.dtype)
+        self.steps = 0
+        groups = parameter_groups(objective, recipe.weight_decay)
         self._engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups(model, recipe.weight_decay), config=deepspeed_config(recipe)
+            model=objective, model_parameters=groups, config=deepspeed_config(recipe, self.data_world)
         )
+        if recipe.zero_stage == 3:
+            # read by the loss, outside of its own module's forward
+            head = objective.get_submodule("model").language_model.lm_head  # type: ignore[union-attr]
+            deepspeed.zero.register_external_parameter(objective, head.weight)
 
-    def forward(self, *inputs: Any) -> Any:
-        """The model's output, recorded for `backward`."""
-        return self._engine(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of loss / micro_batches, added to the step's; updates at the step's last micro-batch."""
-        self._engine.backward(loss)
-
-    def step(self, lr: float) -> None:
-        """Count a micro-batch; after the last one of a step, clip and update with learning rate `lr`."""
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """As `Engine.train_step`."""
+        (labels,) = parallel.sum_over_ranks([float(sum(batch.labels for batch in batches))])
+        # the engine takes the mean over ranks and micro-batches; this turns it into the mean over all labels
+        share = self.data_world * len(batches) / max(1.0, labels)
+        loss_sum, counts, balances = 0.0, [], []
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        for number, batch in enumerate(batches, start=1):
+            out = self._engine(batch.to(parallel.device(), self.dtype))
+            balance_M = balance_losses(out.counts_ME, out.prob_sum_ME, batch.tokens, parallel.data_group())
+            self._engine.backward(out.loss_sum * share + self.recipe.balance * _mean(balance_M))
+            if number == len(batches):
+                self._drop_gradients_that_are_not_finite()
+            self._engine.step()
+            loss_sum += float(out.loss_sum.detach())
+            counts.append(out.counts_ME.detach().cpu())
+            balances.append(balance_M.detach().cpu())
+        return self._result(loss_sum, int(labels), torch.stack(counts).sum(0), torch.stack(balances).mean(0))
 
-    def grad_norm(self) -> float:
-        """Gradient norm of the last update, before clipping."""
+    def _result(self, loss_sum: float, labels: int, counts_ME: Tensor, balance_M: Tensor) -> StepResult:
+        total, *counts = parallel.sum_over_ranks([loss_sum, *counts_ME.double().flatten().tolist()])
         norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        norm = float("nan") if norm is None else float(norm)
+        finite = math.isfinite(norm) and math.isfinite(total) and not getattr(self._engine.optimizer, "overflow", False)
+        self.steps += finite
+        summed = torch.tensor(counts, dtype=torch.float64).view(counts_ME.shape)
+        return StepResult(total / max(1, labels), labels, balance_M.tolist(), summed, norm, finite)
+
+    def _drop_gradients_that_are_not_finite(self) -> None:
+        """Without ZeRO nothing looks at them; AdamW leaves parameters without a gradient alone."""
+        if self.recipe.zero_stage:
+            return
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            for parameter in self.objective.parameters():
+                parameter.grad = None
 
     def save(self, folder: Path) -> None:
-        """Weights and optimizer state of this rank, under `folder`; called on every rank."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        """This rank's fragments of weights and optimizer state as safetensors, and what they are fragments of."""
+        folder.mkdir(parents=True, exist_ok=True)
+        fragments.write(folder, self._fragments(), parallel.rank(), parallel.world())
+        if parallel.is_first():
+            state = {"steps": self.steps, "world": self.data_world, "zero_stage": self.recipe.zero_stage}
+            (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, with the same number of ranks. Raises InputError where it is not there."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise InputError(f"--resume: {folder}: no DeepSpeed checkpoint {TAG!r} in it")
+        """What `save` wrote, by any number of ranks under any stage. Raises InputError where it is damaged."""
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            stored = fragments.Stored(folder, state["world"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--resume: {folder}: damaged, or no checkpoint of an engine: {error}") from error
+        self.steps = state["steps"]
+        self._fragments().load(stored, self.steps)
+        stored.restore_random_state(parallel.rank())
+
+    def _fragments(self) -> fragments.Fragments:
+        return fragments.of(self._engine, self.objective.get_submodule("model"), self.recipe.zero_stage)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's whole state dict, on the CPU, on the first rank; empty on all others."""
+        import deepspeed
+
+        model = self.objective.get_submodule("model")
+        found: dict[str, Tensor] = {}
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            whole = deepspeed.zero.GatheredParameters([parameter]) if self.recipe.zero_stage == 3 else nullcontext()
+            with whole:
+                if parallel.is_first():
+                    found[name] = parameter.detach().to("cpu", copy=True)
+        return found
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model."""
+        self._engine.destroy()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Matrices decay; norms and biases do not; frozen parameters are in no group."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError("nothing is trained: every parameter of the model is frozen")
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
     """The recipe in DeepSpeed's terms."""
     zero: dict[str, Any] = {"stage": recipe.zero_stage, "overlap_comm": False, "contiguous_gradients": True}
-    if recipe.zero_stage == 2 and recipe.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if recipe.zero_stage >= 2 and recipe.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": parallel.kind().name != "cpu"}
     adam = {"lr": recipe.lr, "betas": [0.9, recipe.beta2], "weight_decay": recipe.weight_decay}
     return {
-        "train_micro_batch_size_per_gpu": recipe.streams,
+        "train_micro_batch_size_per_gpu": max(1, recipe.streams // (world * recipe.micro_batches)),
         "gradient_accumulation_steps": recipe.micro_batches,
         "gradient_clipping": recipe.clip,
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": recipe.optimizer == "adamw"}},
         "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": recipe.dtype == "bfloat16"},
         "steps_per_print": 10**9,
     }
+
+
+def _mean(balance_M: Tensor) -> Tensor:
+    return balance_M.mean() if balance_M.numel() else balance_M.sum()

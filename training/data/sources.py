@@ -1,0 +1,234 @@
+"""Records at random access: JSON lines, folders of them, and WebDataset shards; an index says where each begins.
+
+The index is mapped into memory, 8 bytes a line, so that 10^6 records cost a process no more than what it touches.
+Nothing but the standard library and numpy is between a record and its bytes.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from training.data.conversation import BadRecord, Conversation
+from training.data.formats import conversation_of
+from training.data.index import Arrays, Index
+from training.errors import InputError
+
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
+
+
+class Source(Protocol):
+    """Numbered records. Picklable; files are opened in each process, on first use."""
+
+    name: str
+    fingerprint: dict[str, Any]  # {"records", "sha256"}; moving the files does not change it
+
+    def __len__(self) -> int: ...
+
+    def conversation(self, number: int) -> Conversation:
+        """Raises BadRecord."""
+
+
+class _File:
+    """Reads at offsets, without a position that processes could share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`; fewer where the file is shorter than its index says."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        return os.pread(self._descriptor, stop - start, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_descriptor": None}
+
+
+class JsonLines:
+    """A .jsonl file, a record a line; relative paths in it start at its folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self._index = Index(path, _lines)
+        self._file = _File(path)
+        self.fingerprint = {"records": len(self), "sha256": self._index.digest}
+
+    def __len__(self) -> int:
+        return len(self._index["edges"]) - 1
+
+    def conversation(self, number: int) -> Conversation:
+        """The conversation of line `number` + 1."""
+        start, stop = (int(edge) for edge in self._index["edges"][number : number + 2])
+        where = f"{self.path}: line {number + 1}"
+        try:
+            line = self._file.read(start, stop)
+            return conversation_of(json.loads(line), self.path.parent, where)
+        except (ValueError, OSError) as error:
+            raise BadRecord(where, str(error)) from error
+
+
+class Shard:
+    """A WebDataset tar: members of one key are a record, key.json with key.jpg, or key.0.jpg, key.1.jpg, ..."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self._index = Index(path, _members)
+        self._file = _File(path)
+        self.fingerprint = {"records": len(self), "sha256": self._index.digest}
+
+    def __len__(self) -> int:
+        return len(self._index["firsts"]) - 1
+
+    def conversation(self, number: int) -> Conversation:
+        """The conversation of the `number`-th key."""
+        first, last = (int(edge) for edge in self._index["firsts"][number : number + 2])
+        spans = self._index["members"][first:last, :2].tolist()
+        members = [(self._name(first + place), start, size) for place, (start, size) in enumerate(spans)]
+        where = f"{self.path}: {_split_name(members[0][0])[0]}"
+        try:
+            return self._read(members, where)
+        except (ValueError, OSError) as error:
+            raise BadRecord(where, str(error)) from error
+
+    def _name(self, member: int) -> str:
+        stop = int(self._index["members"][member, 2])
+        start = int(self._index["members"][member - 1, 2]) if member else 0
+        return self._index["names"][start:stop].tobytes().decode(errors="replace")
+
+    def _read(self, members: list[tuple[str, int, int]], where: str) -> Conversation:
+        record, pictures = None, []
+        for name, start, size in sorted(members, key=lambda member: _natural(member[0])):
+            data, ending = self._file.read(start, start + size), Path(name).suffix.lower()
+            if len(data) < size:
+                raise ValueError(f"{name}: the shard ends in the middle of it")
+            if ending == ".json":
+                record = json.loads(data)
+            elif ending in PICTURE_ENDINGS:
+                pictures.append(data)
+        if record is None:
+            raise ValueError("has no .json")
+        return conversation_of(record, None, where, pictures)
+
+
+class Folder:
+    """Several sources, one after the other."""
+
+    def __init__(self, path: Path, parts: list[Source]) -> None:
+        self.path, self.name, self.parts = path, path.name, parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        digest = hashlib.sha256("".join(part.fingerprint["sha256"] for part in parts).encode()).hexdigest()
+        self.fingerprint = {"records": len(self), "sha256": digest}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def conversation(self, number: int) -> Conversation:
+        """Of the part that holds it."""
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        return self.parts[part].conversation(number - int(self._ends[part]) + len(self.parts[part]))
+
+
+def open_source(path: Path) -> Source:
+    """A .jsonl file, a .tar shard, or a folder of either. Raises InputError for all else, and where no record is in."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".tar"))
+        if not files:
+            raise InputError(f"{path}: no .jsonl and no .tar in it; Parquet is converted once: training.data.convert")
+        _check_complete(path, files)
+        source: Source = Folder(path, [open_source(file) for file in files])
+    elif path.suffix == ".jsonl":
+        source = JsonLines(path)
+    elif path.suffix == ".tar":
+        source = Shard(path)
+    else:
+        raise InputError(f"{path}: want a .jsonl file, a .tar shard, or a folder of them")
+    if not len(source):
+        raise InputError(f"{path}: no records")
+    return source
+
+
+def _check_complete(folder: Path, files: list[Path]) -> None:
+    """Where the converter left a list of shards, all of them must be there, and as long as it says."""
+    listed = folder / "shards.json"
+    if not listed.is_file():
+        return
+    for name, size in json.loads(listed.read_text(encoding="utf-8")).items():
+        found = (folder / name).stat().st_size if folder / name in files else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise InputError(
+                f"{folder / name}: {state}, {listed.name} says {size} bytes; bring it back or convert anew"
+            )
+
+
+def _lines(path: Path) -> tuple[Arrays, str]:
+    """Where lines begin, and where the last one ends; SHA-256 of the file."""
+    edges, position, digest = [np.zeros(1, np.int64)], 0, hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            edges.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position + 1)
+            position += len(block)
+    found = np.concatenate(edges)
+    return {"edges": found if found[-1] == position else np.append(found, position)}, digest.hexdigest()
+
+
+def _members(path: Path) -> tuple[Arrays, str]:
+    """The files in a tar (offset, size, end of their names in `names`) and the first of each record; SHA-256 of these.
+
+    Raises InputError where the tar is cut or damaged: what comes behind would be lost without a word.
+    """
+    rows: list[tuple[int, int, int]] = []
+    names, firsts, key = bytearray(), [], None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                found, _ = _split_name(member.name)
+                if found != key:
+                    firsts.append(len(rows))
+                names += member.name.encode()
+                rows.append((member.offset_data, member.size, len(names)))
+                key = found
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all headers that it has seen
+            # tarfile takes a broken header for the end, which is a block of zeros
+            if _File(path).read(tar.offset, tar.offset + tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end after byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise InputError(f"{path}: the shard is cut or damaged ({error}); bring it back, or leave it out") from error
+    members = np.array(rows, np.int64).reshape(-1, 3)
+    arrays: Arrays = {
+        "members": members,
+        "names": np.frombuffer(bytes(names), np.uint8),
+        "firsts": np.array([*firsts, len(rows)], np.int64),
+    }
+    return arrays, hashlib.sha256(bytes(names) + members[:, 1].tobytes()).hexdigest()
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and ending: a key ends at the first dot of the file's name, as WebDataset has it."""
+    folder, _, file = name.rpartition("/")
+    key, _, ending = file.partition(".")
+    return f"{folder}/{key}", ending
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts key.2.jpg before key.10.jpg."""
+    return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in _split_name(name)[1].split(".")]
+
+
+def records(source: Source) -> Iterator[Conversation]:
+    """The records that can be used, in order."""
+    for number in range(len(source)):
+        try:
+            yield source.conversation(number)
+        except BadRecord:
+            continue

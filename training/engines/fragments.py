@@ -1,0 +1,228 @@
+"""Weights and optimizer state by parameter name, each rank its own fragments, as safetensors.
+
+ZeRO gives a rank a fragment of each parameter's fp32 master weight and moments: elements [start, start + n) of it,
+flattened. A rank writes those, with `start` in the file's header; to load, it reads from all files what its own
+fragments cover. So a checkpoint needs no communication and no pickle, and fits any number of ranks under any stage.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+RANDOM = "random state"
+
+
+class Fragment:
+    """Elements from `start` on of parameter `name`: views of what the engine trains with, by kind of value."""
+
+    def __init__(self, name: str, start: int, values: dict[str, Tensor]) -> None:
+        self.name, self.start, self.values = name, start, values
+
+
+class Stored:
+    """The fragments that `world` ranks wrote. Raises OSError where a file is missing or damaged."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        self._files: list[Any] = []
+        self._where: dict[str, list[tuple[int, int, int]]] = {}  # key: (start, stop, file)
+        for rank in range(world):
+            path = folder / file_name(rank, world)
+            try:
+                file = safe_open(path, framework="pt")
+                starts = json.loads(file.metadata()["starts"])
+            except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+                raise OSError(f"{path.name}: {error}") from error
+            self._files.append(file)
+            for key, start in starts.items():
+                size = file.get_slice(key).get_shape()[0]
+                self._where.setdefault(key, []).append((start, start + size, rank))
+
+    def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
+        """Elements [start, start + size). Raises ValueError where they are not all there."""
+        key, out, filled = f"{kind}/{name}", torch.empty(size), 0
+        for first, last, number in self._where.get(key, []):
+            low, high = max(first, start), min(last, start + size)
+            if low < high:
+                out[low - start : high - start] = self._files[number].get_slice(key)[low - first : high - first]
+                filled += high - low
+        if filled != size:
+            raise ValueError(f"{key}: {filled} of {size} elements from {start} on are stored")
+        return out
+
+    def restore_random_state(self, rank: int) -> None:
+        """Of torch's CPU generator; a rank beyond those that wrote keeps its own."""
+        if rank < len(self._files):
+            torch.set_rng_state(self._files[rank].get_tensor(RANDOM))
+
+
+class Fragments(Protocol):
+    """What an engine's rank holds."""
+
+    def __iter__(self) -> Iterator[Fragment]: ...
+
+    def load(self, stored: Stored, steps: int) -> None:
+        """Copy what is stored into them, and into the weights that the model computes with."""
+
+
+def file_name(rank: int, world: int) -> str:
+    """Of the fragments of one rank."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def write(folder: Path, fragments: Fragments, rank: int, world: int) -> None:
+    """This rank's file."""
+    tensors, starts = {RANDOM: torch.get_rng_state()}, {}
+    for fragment in fragments:
+        for kind, values in fragment.values.items():
+            key = f"{kind}/{fragment.name}"
+            tensors[key] = values.detach().to("cpu", torch.float32, copy=True).contiguous()
+            starts[key] = fragment.start
+    save_file(tensors, folder / file_name(rank, world), metadata={"starts": json.dumps(starts)})
+
+
+def of(engine: Any, model: nn.Module, stage: int) -> Fragments:
+    """The fragments of a DeepSpeed engine around `model`."""
+    kind = {0: _Whole, 1: _Partitioned, 2: _Partitioned, 3: _Sharded}[stage]
+    return kind(engine, dict(model.named_parameters()))
+
+
+class _Base:
+    def __init__(self, engine: Any, named: dict[str, nn.Parameter]) -> None:
+        self.engine, self.optimizer, self.named = engine, engine.optimizer, named
+
+    def frozen(self) -> Iterator[Fragment]:
+        """Parameters outside the optimizer, whole, from the first rank alone."""
+        if self.engine.global_rank == 0:
+            for name, parameter in self.named.items():
+                if not parameter.requires_grad:
+                    yield Fragment(name, 0, {WEIGHT: self.whole(parameter)})
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().flatten()
+
+
+class _Whole(_Base):
+    """No ZeRO: every rank has all; the first one writes."""
+
+    def __iter__(self) -> Iterator[Fragment]:
+        yield from self.frozen()
+        if self.engine.global_rank == 0:
+            for name, parameter in self.named.items():
+                if parameter.requires_grad:
+                    yield Fragment(name, 0, self._values(parameter))
+
+    def _values(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(parameter, {})
+        return {WEIGHT: parameter.detach().flatten(), **{key: state[key].flatten() for key in MOMENTS if key in state}}
+
+    def load(self, stored: Stored, steps: int) -> None:
+        for name, parameter in self.named.items():
+            _fill(parameter.data, stored, WEIGHT, name)
+            if parameter.requires_grad and steps:
+                state = self.optimizer.state[parameter]
+                _make_state(state, parameter, steps)
+                for key in MOMENTS:
+                    _fill(state[key], stored, key, name)
+
+
+class _Partitioned(_Base):
+    """ZeRO 1 and 2: every rank has all weights, and of masters and moments a flat partition of each group."""
+
+    def __iter__(self) -> Iterator[Fragment]:
+        yield from self.frozen()
+        names = {id(parameter): name for name, parameter in self.named.items()}
+        for group, flat in zip(
+            self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups, strict=True
+        ):
+            state = self.optimizer.optimizer.state.get(flat, {})
+            for parameter in group:
+                if (mapping := parameter._hp_mapping) is None:
+                    continue  # this rank's partition has nothing of it
+                place, start = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
+                parts = {WEIGHT: flat, **{key: state[key] for key in MOMENTS if key in state}}
+                values = {key: values.data.narrow(0, place.start, place.numel) for key, values in parts.items()}
+                yield Fragment(names[id(parameter)], start, values)
+
+    def load(self, stored: Stored, steps: int) -> None:
+        for name, parameter in self.named.items():
+            _fill(parameter.data, stored, WEIGHT, name)
+        if steps:
+            for flat in self.optimizer.single_partition_of_fp32_groups:
+                _make_state(self.optimizer.optimizer.state[flat], flat, steps)
+        for fragment in self:
+            if self.named[fragment.name].requires_grad:
+                for key, values in fragment.values.items():
+                    values.copy_(stored.read(key, fragment.name, fragment.start, values.numel()))
+
+
+class _Sharded(_Base):
+    """ZeRO 3: every rank has a part of every parameter; each is padded to a multiple of the ranks."""
+
+    def __iter__(self) -> Iterator[Fragment]:
+        yield from self.frozen()
+        for name, parameter in self.named.items():
+            if parameter.requires_grad:
+                start, size = self._range(parameter)
+                if size:
+                    values = {key: values[:size] for key, values in self._values(parameter).items()}
+                    yield Fragment(name, start, values)
+
+    def _range(self, parameter: Any) -> tuple[int, int]:
+        """Start and number of this rank's elements, without padding."""
+        width = parameter.ds_tensor.ds_numel
+        start = width * self.optimizer._get_param_partition_rank(parameter)
+        return start, max(0, min(width, parameter.ds_numel - start))
+
+    def _values(self, parameter: Any) -> dict[str, Tensor]:
+        read = self.optimizer._get_fp32_opt_state_partition
+        found = {WEIGHT: read(parameter)[0]}
+        group, *_ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        state = self.optimizer.optimizer.state.get(self.optimizer.fp32_partitioned_groups_flat[group], {})
+        return found | {key: read(parameter, optim_state_key=key)[0] for key in MOMENTS if key in state}
+
+    def whole(self, parameter: Any) -> Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().flatten().clone()
+
+    def frozen(self) -> Iterator[Fragment]:
+        """Gathering takes all ranks."""
+        for name, parameter in self.named.items():
+            if not parameter.requires_grad:
+                found = self.whole(parameter)
+                if self.engine.global_rank == 0:
+                    yield Fragment(name, 0, {WEIGHT: found})
+
+    def load(self, stored: Stored, steps: int) -> None:
+        if steps:
+            for flat in self.optimizer.fp32_partitioned_groups_flat:
+                _make_state(self.optimizer.optimizer.state[flat], flat, steps)
+        for name, parameter in self.named.items():
+            start, size = self._range(parameter)
+            if size:
+                weights = stored.read(WEIGHT, name, start, size)
+                parameter.ds_tensor.data[:size].copy_(weights)  # type: ignore[attr-defined]
+                if not parameter.requires_grad:
+                    continue
+                for key, values in self._values(parameter).items():
+                    values[:size].copy_(stored.read(key, name, start, size))
+
+
+def _fill(target: Tensor, stored: Stored, kind: str, name: str) -> None:
+    target.copy_(stored.read(kind, name, 0, target.numel()).view_as(target))
+
+
+def _make_state(state: dict[str, Any], parameter: Tensor, steps: int) -> None:
+    """Adam's state as its first step would make it, `steps` steps later."""
+    for key in MOMENTS:
+        if key not in state:
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    state["step"] = torch.tensor(float(steps))

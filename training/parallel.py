@@ -1,0 +1,140 @@
+"""Devices, backends and groups of processes: the only file of `training` that names them."""
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from training.errors import InputError
+
+# a rank that died leaves the others waiting; they give up after this many seconds
+TIMEOUT_VARIABLE, TIMEOUT = "SAIL_TRAINING_TIMEOUT", 600.0
+
+
+class Kind(NamedTuple):
+    """A kind of device: its backend of collectives, and what DeepSpeed calls it."""
+
+    name: str
+    backend: str
+
+
+KINDS = {kind.name: kind for kind in (Kind("cuda", "nccl"), Kind("npu", "hccl"), Kind("cpu", "gloo"))}
+_chosen: Kind | None = None
+
+
+def choose(name: str | None = None) -> Kind:
+    """The kind called `name`, or the first that is there of cuda, npu, cpu. Raises InputError where `name` is not."""
+    if name is None:
+        return next(kind for kind in KINDS.values() if _missing(kind.name) is None)
+    if name not in KINDS:
+        raise InputError(f"--device: got {name!r}, want one of {', '.join(KINDS)}")
+    if (reason := _missing(name)) is not None:
+        raise InputError(f"--device: {name} cannot be used here: {reason}")
+    return KINDS[name]
+
+
+def _missing(name: str) -> str | None:
+    """Why devices of this kind cannot be used, or None."""
+    if name == "cuda":
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA"
+        return None if torch.cuda.is_available() else "torch finds no CUDA device or driver"
+    if name == "npu":
+        try:
+            import torch_npu  # registers the device "npu"; needs CANN
+        except (ImportError, OSError) as error:
+            return f"torch_npu does not import: {error}"
+        return None if torch_npu.npu.is_available() else "torch_npu finds no device"
+    return None
+
+
+def start_processes(device: str | None = None) -> None:
+    """Take the device of this process and join the group that torchrun describes; without one, be the only process.
+
+    Raises InputError where the device asked for is not there, or there are fewer than processes on this machine.
+    """
+    global _chosen
+    if dist.is_initialized():
+        return
+    kind = choose(device)
+    os.environ["DS_ACCELERATOR"] = kind.name
+    if "WORLD_SIZE" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    _chosen = kind
+    if kind.name != "cpu":
+        devices: Any = getattr(torch, kind.name)
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= devices.device_count():
+            raise InputError(f"process {local} of this machine has no {kind.name}: it has {devices.device_count()}")
+        devices.set_device(local)
+    seconds = float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT))
+    dist.init_process_group(kind.backend, timeout=timedelta(seconds=seconds))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop_processes() -> None:
+    """Leave the group."""
+    global _chosen
+    _chosen = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def kind() -> Kind:
+    """What this process computes on."""
+    return _chosen or choose()
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    name = kind().name
+    return torch.device(name) if name == "cpu" else torch.device(name, int(os.environ["LOCAL_RANK"]))
+
+
+def data_group() -> dist.ProcessGroup | None:
+    """The ranks that each read a share of the data: those over which counts, labels and gradients are summed."""
+    return dist.group.WORLD
+
+
+def rank() -> int:
+    """Of this process, among all."""
+    return dist.get_rank()
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size()
+
+
+def is_first() -> bool:
+    """Whether this process reports and writes."""
+    return dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all."""
+    dist.barrier()
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Sums over all ranks that read data, in float64 (float32 on an NPU), one collective for the whole list."""
+    wide = torch.float32 if kind().name == "npu" else torch.float64
+    total = torch.tensor(values, dtype=wide, device=device())
+    dist.all_reduce(total, group=data_group())
+    return [float(value) for value in total.tolist()]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, on every rank; what pickle takes, from the processes of this run alone."""
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
