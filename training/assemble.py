@@ -19,9 +19,9 @@ from sail_model import (
 from sail_model.config import PRESETS
 from sail_model.tokenizer import IMAGE_CONTEXT
 from training import checkpoint
-from training.data.conversation import BadRecord, Conversation, Text
+from training.data.conversation import Conversation, Text
 from training.data.encode import EncodedMixture
-from training.data.mixture import Mixture, open_data
+from training.data.mixture import open_data, usable
 from training.errors import InputError
 from training.recipes import PARTS, Recipe
 
@@ -84,7 +84,7 @@ def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
         model, processor = assemble_parts(vision=Path(recipe.vision), language=Path(recipe.language))
         return Parts(processor, model)
     if recipe.model in MODELS:
-        processor = build_processor(recipe.model, conversations(open_data(recipe.data)))
+        processor = build_processor(recipe.model, usable(open_data(recipe.data)))
         return Parts(processor, SailVL2ForConditionalGeneration(build_config(recipe.model, processor)))
     if recipe.model in PRESETS:
         config = SailVL2Config.from_preset(recipe.model)
@@ -105,10 +105,10 @@ def export_folder(name: str) -> Path:
     raise InputError(f"Recipe: model: got {name!r}, want one of {sizes}, or a folder with a config.json or a model/")
 
 
-def open_samples(recipe: Recipe, processor: SailVL2Processor) -> EncodedMixture:
-    """The recipe's data as samples of at most a stream's tokens."""
+def open_samples(recipe: Recipe, processor: SailVL2Processor, data: str | None = None) -> EncodedMixture:
+    """The recipe's data, or other `data`, as samples of at most a stream's tokens."""
     return EncodedMixture(
-        open_data(recipe.data), processor, capacity=recipe.stream_length, max_tiles=recipe.max_tiles or None
+        open_data(data or recipe.data), processor, capacity=recipe.stream_length, max_tiles=recipe.max_tiles or None
     )
 
 
@@ -117,16 +117,6 @@ def freeze(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> None:
     trained = tuple(PARTS[part] for part in recipe.parts)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
-
-
-def conversations(mixture: Mixture) -> Iterable[Conversation]:
-    """The records of every source that can be used, in order."""
-    for source in mixture.sources:
-        for number in range(len(source)):
-            try:
-                yield source.conversation(number)
-            except BadRecord:
-                continue
 
 
 def build_processor(model: str, records: Iterable[Conversation]) -> SailVL2Processor:

@@ -13,7 +13,7 @@ class Entry(NamedTuple):
     plan: tuple[Recipe, ...]
 
 
-DEMO = (Recipe(name="all", steps=2400),)
+DEMO = (Recipe(name="all", steps=2400, test="easy_vqa:test", streams=4, workers=1),)
 SFT = Recipe(name="sft", lr=1e-5, steps=1000, stream_length=8192, streams=16, warmup=30)
 
 CATALOG: dict[str, Entry] = {

@@ -1,19 +1,22 @@
 """Held-out exact match, and the baselines that a number needs beside it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sail_model.model import SailVL2ForConditionalGeneration
-from training.device import sum_over_ranks
-from training.loss import answer_logits
-from training.packing import IGNORE, PackedBatch, Sample, pack, plan_streams
-from training.records import PictureReader, Record
+from training import parallel
+from training.data.batch import Batch, collate
+from training.data.conversation import Conversation, Text
+from training.data.packing import plan_rows
+from training.data.sample import IGNORE, Sample, Samples
+from training.data.streams import decoded_row
+from training.objectives.supervised import labeled_logits
+
+Pair = tuple[str, str]  # question, answer
 
 
 class Accuracy(NamedTuple):
@@ -31,8 +34,8 @@ class Accuracy(NamedTuple):
 @torch.no_grad()
 def exact_match(
     model: SailVL2ForConditionalGeneration,
-    samples: Sequence[Sample[Path]],
-    reader: PictureReader,
+    data: Samples,
+    samples: Sequence[Sample],
     *,
     capacity: int,
     pad_id: int,
@@ -46,49 +49,54 @@ def exact_match(
     picture that cannot be read are not asked.
     """
     model.eval()
-    plan = plan_streams([len(sample) for sample in samples], range(len(samples)), capacity)
-    mine = plan[dist.get_rank() :: dist.get_world_size()]
+    rows = plan_rows([len(sample) for sample in samples], capacity)[parallel.rank() :: parallel.world()]
     right = asked = 0
-    for start in range(0, len(mine), streams):
-        batch = pack([[samples[number] for number in stream] for stream in mine[start : start + streams]], pad_id)
-        pixels, _ = reader.fill(batch, blank=blank)
-        correct_N = _correct_tokens(model, batch, pixels.to(model.dtype))
-        answer_N = _answer_of_each_label(batch)
+    for start in range(0, len(rows), streams):
+        some = [[samples[number] for number in row] for row in rows[start : start + streams]]
+        batch = collate([decoded_row(row, data, blank=blank)[0] for row in some], pad_id).to(
+            parallel.device(), model.dtype
+        )
+        logits_NV, targets_N = labeled_logits(model, batch)
+        correct_N, answer_N = logits_NV.argmax(-1) == targets_N, _answer_of_each_label(batch)
         answers = len(answer_N.unique())
-        right += int(torch.ones(answers).scatter_reduce(0, answer_N, correct_N.float(), "amin").sum())
+        ones = torch.ones(answers, device=correct_N.device)
+        right += int(ones.scatter_reduce(0, answer_N, correct_N.float(), "amin").sum())
         asked += answers
     model.train()
-    total_right, total_asked = sum_over_ranks([right, asked])
+    total_right, total_asked = parallel.sum_over_ranks([right, asked])
     return Accuracy(int(total_right), int(total_asked))
 
 
-def _correct_tokens(model: SailVL2ForConditionalGeneration, batch: PackedBatch, pixels: Tensor) -> Tensor:
-    logits_NV, targets_N, *_ = answer_logits(model, batch, pixels)
-    return logits_NV.argmax(-1) == targets_N
-
-
-def _answer_of_each_label(batch: PackedBatch) -> Tensor:
+def _answer_of_each_label(batch: Batch) -> Tensor:
     """For each labeled position, the number of its answer: 0, 1, ... in the batch."""
     labeled = batch.labels_BL[:, 1:] != IGNORE
-    row_BL = torch.arange(len(labeled))[:, None].expand_as(labeled)
+    row_BL = torch.arange(len(labeled), device=labeled.device)[:, None].expand_as(labeled)
     owner_N3 = torch.stack([row_BL[labeled], batch.sample_BL[:, 1:][labeled], batch.branch_BL[:, 1:][labeled]], -1)
     return owner_N3.unique(dim=0, return_inverse=True)[1]
 
 
-def majority_baseline(train: Sequence[Record], test: Sequence[Record]) -> Accuracy:
+def pairs(records: Iterable[Conversation]) -> Iterator[Pair]:
+    """(question, answer) of every conversation of one turn each, and of every branch."""
+    for record in records:
+        for branch in record.branches or ((),):
+            words: dict[str, str] = defaultdict(str)
+            for turn in (*record.turns, *branch):
+                words[turn.role] += "".join(part.text for part in turn.parts if isinstance(part, Text))
+            yield words["user"], words["assistant"]
+
+
+def majority_baseline(train: Iterable[Pair], test: Iterable[Pair]) -> Accuracy:
     """Always give the answer that is most frequent in training."""
-    answers = Counter(answer for record in train for _, answer in record.questions)
-    best = answers.most_common(1)[0][0]
-    given = [answer == best for record in test for _, answer in record.questions]
+    best = Counter(answer for _, answer in train).most_common(1)[0][0]
+    given = [answer == best for _, answer in test]
     return Accuracy(sum(given), len(given))
 
 
-def question_only_baseline(train: Sequence[Record], test: Sequence[Record]) -> Accuracy:
+def question_only_baseline(train: Iterable[Pair], test: Iterable[Pair]) -> Accuracy:
     """Give each question the answer it most often has in training: what can be known without looking."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in train:
-        for question, answer in record.questions:
-            answers[question][answer] += 1
+    for question, answer in train:
+        answers[question][answer] += 1
     best = {question: counter.most_common(1)[0][0] for question, counter in answers.items()}
-    given = [best.get(question) == answer for record in test for question, answer in record.questions]
+    given = [best.get(question) == answer for question, answer in test]
     return Accuracy(sum(given), len(given))

@@ -61,23 +61,31 @@ def figures(line: dict[str, Any]) -> str:
 
 
 def closing_table(metrics: Path, seconds: float) -> Table:
-    """Of each stage of a run, what it did and how fast; `seconds` is this process's time, the rest the run's."""
-    table = Table(
-        "stage", "steps", "tokens", "time", "tokens/s", "MFU", "waited for data", "padding", "loss", "skipped"
-    )
+    """A column for each stage of a run: what it did, and how fast. `seconds` is this process's own time."""
     lines = read_lines(metrics)
-    for stage in dict.fromkeys(line["stage"] for line in lines):
-        own = [line for line in lines if line["stage"] == stage]
-        took, tokens = (sum(line[name] for line in own) for name in ("seconds", "tokens"))
-        share = {name: sum(line[name] * line["seconds"] for line in own) / took for name in ("mfu", "data_wait")}
-        padding = sum(line["padding"] for line in own) / len(own)
-        skipped = f"{own[-1]['skipped_records']} records, {own[-1]['skipped_steps']} steps"
-        table.add_row(
-            *(stage, f"{len(own):,}", f"{tokens:,}", f"{took:,.0f} s", f"{tokens / took:,.0f}", f"{share['mfu']:.1%}"),
-            *(f"{share['data_wait']:.1%}", f"{padding:.1%}", f"{_ends(own, 0)} -> {_ends(own, -1)}", skipped),
-        )
+    stages = list(dict.fromkeys(line["stage"] for line in lines))
+    columns = [_summary([line for line in lines if line["stage"] == stage]) for stage in stages]
+    table = Table("", *stages)
+    for name in columns[0] if columns else ():
+        table.add_row(name, *(column[name] for column in columns))
     table.caption = f"{seconds:,.0f} s, peak memory {peak_memory() / 2**30:.1f} GiB"
     return table
+
+
+def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
+    took, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
+    mfu, wait = (sum(line[name] * line["seconds"] for line in lines) / took for name in ("mfu", "data_wait"))
+    return {
+        "steps": f"{len(lines):,}",
+        "tokens": f"{tokens:,}",
+        "time": f"{took:,.0f} s",
+        "tokens/s": f"{tokens / took:,.0f}",
+        "MFU": f"{mfu:.1%}",
+        "waited for data": f"{wait:.1%}",
+        "padding": f"{sum(line['padding'] for line in lines) / len(lines):.1%}",
+        "loss": f"{_ends(lines, 0)} -> {_ends(lines, -1)}",
+        "skipped": f"{lines[-1]['skipped_records']} records, {lines[-1]['skipped_steps']} steps",
+    }
 
 
 def _ends(lines: list[dict[str, Any]], which: int) -> str:

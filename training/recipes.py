@@ -29,6 +29,9 @@ class Recipe:
     max_not_finite: int = _option(5, "run", "steps in a row without a finite loss and gradient before training stops")
 
     data: str = _option("easy_vqa", "data", "'easy_vqa', a .jsonl file, a folder of them or of shards, or a mixture")
+    test: str = _option(
+        "", "data", "data held out, tested at the end: share of answers that are right letter for letter"
+    )
     stream_length: int = _option(320, "data", "tokens in a packed stream")
     streams: int = _option(16, "data", "streams in a step, over all processes: the logical streams that data is cut in")
     micro_batches: int = _option(1, "data", "micro-batches a step (gradient accumulation); each on all processes")
@@ -72,6 +75,8 @@ class Recipe:
                 raise InputError(f"Recipe: {name}: got {getattr(self, name)}, want 0 or more")
         if self.zero_stage not in range(4):
             raise InputError(f"Recipe: zero_stage: got {self.zero_stage}, want 0, 1, 2 or 3")
+        if self.zero_stage == 0 and self.dtype != "float32":
+            raise InputError("Recipe: zero_stage: got 0 with bfloat16, want 1 to 3, which keep float32 master weights")
         if self.streams % self.micro_batches:
             raise InputError(
                 f"Recipe: streams: got {self.streams}, want a multiple of micro_batches, {self.micro_batches}"

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sail_ops import _library
-from training import cli
+from training import cli, parallel
 from training.assemble import Parts
 from training.checkpoint import replace_file, versions
 from training.errors import InputError
@@ -29,7 +28,11 @@ KEPT = ROOT / "benchmarks" / "results"
 
 
 def figures(
-    recipe: Recipe, parts: Parts, first_step: int, seconds: Mapping[str, float], exact_match: Mapping[str, Accuracy]
+    plan: Sequence[Recipe],
+    parts: Parts,
+    first_step: int,
+    seconds: Mapping[str, float],
+    exact_match: Mapping[str, Accuracy],
 ) -> dict[str, Any]:
     """Everything about a run that its reader needs, without names of folders or of the host.
 
@@ -39,10 +42,12 @@ def figures(
         "device": device_name(),
         "isa": _library.cpu_isa(),
         "threads": torch.get_num_threads(),
-        "processes": dist.get_world_size(),
+        "processes": parallel.world(),
         "versions": versions(),
         "commit": commit(),
-        "recipe": recipe.as_dict() | {"data": Path(recipe.data).name},
+        "recipe": [
+            recipe.as_dict() | {"data": Path(recipe.data).name, "test": Path(recipe.test).name} for recipe in plan
+        ],
         "first_step": first_step,
         "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -65,7 +70,7 @@ def keep(folder: Path) -> Path:
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text)
-        blank = found["recipe"]["blank_pictures"]
+        blank = found["recipe"][-1]["blank_pictures"]
         kept = KEPT / found["device"] / ("demo-blank.json" if blank else "demo.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: want the results of a demo run: {error!r}") from error

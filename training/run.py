@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from training import checkpoint, parallel
 from training.assemble import Parts, freeze, open_samples
 from training.cli import Command
@@ -30,9 +32,6 @@ def train(command: Command, parts: Parts) -> Path:
             place = Place(out, plan, stage, ends[stage] - plan[stage].steps)
             saved = train_stage(place, parts, start if stage == state["stage"] else None, log)
         log.end()
-    if parallel.is_first():
-        export(parts, out / checkpoint.MODEL)
-    parallel.barrier()
     assert saved is not None, "a plan has at least one stage"
     return saved
 
@@ -62,16 +61,22 @@ def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> 
         trainer = Trainer(place, engine, loader, parts, samples.fingerprint, flops, log)
         if start is not None:
             trainer.load(start)
-        return trainer.fit()
+        saved = trainer.fit()
+        export(parts, engine.weights(), place.out / checkpoint.MODEL)
+        if recipe.zero_stage == 3:  # which leaves every rank with parts of weights
+            parts.model = type(parts.model).from_pretrained(place.out / checkpoint.MODEL)
+        return saved
     finally:
         loader.close()
         engine.close()
 
 
-def export(parts: Parts, folder: Path) -> None:
+def export(parts: Parts, weights: dict[str, Tensor], folder: Path) -> None:
     """Model and processor in Hugging Face's layout; a folder of that name is replaced once all is written."""
-    writing = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)
-    parts.model.save_pretrained(writing)
-    parts.processor.save_pretrained(writing)
-    checkpoint.replace_folder(writing, folder)
+    if parallel.is_first():
+        writing = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(writing, ignore_errors=True)
+        parts.model.save_pretrained(writing, state_dict=weights)
+        parts.processor.save_pretrained(writing)
+        checkpoint.replace_folder(writing, folder)
+    parallel.barrier()

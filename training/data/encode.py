@@ -45,12 +45,11 @@ class Encoder:
 
     def encode(self, conversation: Conversation) -> Sample:
         """Its sample, however long. Raises BadRecord where a picture's header cannot be read."""
+        slots = self._slots(conversation)
         if not conversation.branches:
-            ids, labels, pictures = self._turns(conversation.turns, conversation.where)
+            ids, labels, pictures = self._turns(conversation.turns, slots)
             return Sample(ids, labels, (), pictures, conversation.where)
-        whole = [
-            self._turns(_joined(conversation.turns, branch), conversation.where) for branch in conversation.branches
-        ]
+        whole = [self._turns(_joined(conversation.turns, branch), slots) for branch in conversation.branches]
         shared = self._shared([ids for ids, *_ in whole])
         ids, labels, pictures = whole[0]
         if any(found != pictures for *_, found in whole):
@@ -65,12 +64,18 @@ class Encoder:
         length = int(ends[-1]) + 1 if len(ends) else 0
         return length if all(np.array_equal(ids[:length], first[:length]) for ids in sequences) else 0
 
-    def _turns(self, turns: Sequence[Turn], where: str) -> tuple[Ids, Ids, tuple[PictureSlot, ...]]:
+    def _slots(self, conversation: Conversation) -> dict[int, PictureSlot]:
+        """Of each picture, by its identity: branches show the same ones."""
+        turns = [*conversation.turns, *(turn for branch in conversation.branches for turn in branch)]
+        pictures = [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
+        return {id(picture): self._slot(picture, conversation.where) for picture in pictures}
+
+    def _turns(self, turns: Sequence[Turn], slots: dict[int, PictureSlot]) -> tuple[Ids, Ids, tuple[PictureSlot, ...]]:
         ids: list[int] = []
         labels: list[int] = []
         pictures: list[PictureSlot] = []
         for turn in turns:
-            content, shown = self._content(turn, where)
+            content, shown = self._content(turn, slots)
             pictures += shown
             head = self._tokenize(f"{TURN_START}{turn.role}\n")
             if turn.learn:
@@ -83,14 +88,14 @@ class Encoder:
                 labels += [IGNORE] * len(given)
         return np.array(ids, np.int32), np.array(labels, np.int32), tuple(pictures)
 
-    def _content(self, turn: Turn, where: str) -> tuple[str, list[PictureSlot]]:
+    def _content(self, turn: Turn, slots: dict[int, PictureSlot]) -> tuple[str, list[PictureSlot]]:
         """A turn's text, pictures as the image tokens they take, as the chat template and the processor write it."""
         text, pictures = "", []
         for part in turn.parts:
             if isinstance(part, Text):
                 text += part.text
             else:
-                slot = self._slot(part, where)
+                slot = slots[id(part)]
                 text += self.processor.image_span(slot.tiles) + "\n"
                 pictures.append(slot)
         return text, pictures
@@ -174,7 +179,10 @@ class EncodedMixture:
 
     def sample(self, source: int, record: int) -> list[Sample]:
         """The record's samples. Raises BadRecord."""
-        conversation = self.mixture.sources[source].conversation(record)
+        return self.encoded(self.mixture.sources[source].conversation(record))
+
+    def encoded(self, conversation: Conversation) -> list[Sample]:
+        """A conversation's samples, as `sample`."""
         return list(split_to_fit(self.encoder.encode(conversation), self.capacity))
 
     def pixels(self, picture: PictureSlot) -> Tensor:

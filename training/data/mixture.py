@@ -11,13 +11,14 @@ A weight counts records drawn, and explicit ones stand beside the balanced ones 
 were scaled to a mean of 1. Source: SAIL-VL2 report, section 3 ("balances dataset ratios"); the formula is ours.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from training.data.conversation import Conversation
+from training.data.conversation import BadRecord, Conversation
 from training.data.easy_vqa import NAMES, EasyVqa
 from training.data.order import permuted
 from training.data.sources import Source, open_source
@@ -38,6 +39,16 @@ class Mixture:
         """What a checkpoint remembers of the data."""
         pairs = zip(self.sources, self.weights, strict=True)
         return [{**source.fingerprint, "weight": weight} for source, weight in pairs]
+
+
+def usable(mixture: Mixture) -> Iterator[Conversation]:
+    """The records of all sources that can be used, in order."""
+    for source in mixture.sources:
+        for number in range(len(source)):
+            try:
+                yield source.conversation(number)
+            except BadRecord:
+                continue
 
 
 class Limited:

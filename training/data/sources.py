@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -223,12 +222,3 @@ def _split_name(name: str) -> tuple[str, str]:
 def _natural(name: str) -> list[Any]:
     """Sorts key.2.jpg before key.10.jpg."""
     return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in _split_name(name)[1].split(".")]
-
-
-def records(source: Source) -> Iterator[Conversation]:
-    """The records that can be used, in order."""
-    for number in range(len(source)):
-        try:
-            yield source.conversation(number)
-        except BadRecord:
-            continue

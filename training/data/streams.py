@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sail_model.images import CorruptImageError
 from training.data.batch import Row, lay_out
@@ -70,9 +69,8 @@ class LogicalStream:
         taken = [self.waiting[place][1] for place in places]
         chosen = set(places)
         self.waiting = [entry for place, entry in enumerate(self.waiting) if place not in chosen]
-        pixels, silenced = self._decode(taken)
-        row = lay_out(taken, pixels, silenced)
-        return Drawn(row, self.state_dict(), self._faults, self._records)
+        row, faults = decoded_row(taken, self.samples, blank=self.packing.blank)
+        return Drawn(row, self.state_dict(), self._faults + faults, self._records)
 
     def _draw(self) -> None:
         in_a_row = 0
@@ -126,21 +124,6 @@ class LogicalStream:
         usual = USUAL_SHARE * self.packing.tiles * self.packing.tile_tokens
         return len(sample) - sample.tiles * self.packing.tile_tokens + usual > self.packing.capacity
 
-    def _decode(self, samples: Sequence[Sample]) -> tuple[Tensor, list[int]]:
-        """Pixels of all pictures, and the samples of which one cannot be read: it stays, blank, and teaches nothing."""
-        pixels, silenced = [torch.zeros(0, *self.samples.tile_shape)], []
-        for number, sample in enumerate(samples):
-            for picture in sample.pictures:
-                blank = torch.zeros(picture.tiles, *self.samples.tile_shape)
-                if not self.packing.blank:
-                    try:
-                        blank = self.samples.pixels(picture)
-                    except (CorruptImageError, OSError) as error:
-                        self._faults.append((sample.where, f"{type(error).__name__}: {error}"))
-                        silenced.append(number)
-                pixels.append(blank)
-        return torch.cat(pixels), silenced
-
     def state_dict(self) -> dict[str, Any]:
         """For JSON; waiting samples as their keys."""
         return {
@@ -160,6 +143,25 @@ class LogicalStream:
             if (source, record) not in read:
                 read[source, record] = self.samples.sample(source, record)
             self.waiting.append(((source, record, part), read[source, record][part]))
+
+
+def decoded_row(samples: Sequence[Sample], data: Samples, *, blank: bool = False) -> tuple[Row, list[Fault]]:
+    """The samples as a row. Of a picture that cannot be read, or with `blank` of all, the place is kept, blank.
+
+    Of a sample with a picture that cannot be read, nothing is learned.
+    """
+    pixels, silenced, faults = [torch.zeros(0, *data.tile_shape)], [], []
+    for number, sample in enumerate(samples):
+        for picture in sample.pictures:
+            found = torch.zeros(picture.tiles, *data.tile_shape)
+            if not blank:
+                try:
+                    found = data.pixels(picture)
+                except (CorruptImageError, OSError) as error:
+                    faults.append((sample.where, f"{type(error).__name__}: {error}"))
+                    silenced.append(number)
+            pixels.append(found)
+    return lay_out(samples, torch.cat(pixels), silenced), faults
 
 
 def balanced(samples: Samples, packing: Packing, *, seed: int, streams: int, records: int = 2048) -> Packing:

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ class DeepSpeedEngine:
         self.recipe, self.objective = recipe, objective
         self.data_rank, self.data_world = parallel.rank(), parallel.world()
         self.dtype = getattr(torch, recipe.dtype)
-        self.steps = 0
+        self.steps, self._norm = 0, 0.0
         groups = parameter_groups(objective, recipe.weight_decay)
         self._engine, *_ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=deepspeed_config(recipe, self.data_world)
@@ -61,8 +60,8 @@ class DeepSpeedEngine:
             out = self._engine(batch.to(parallel.device(), self.dtype))
             balance_M = balance_losses(out.counts_ME, out.prob_sum_ME, batch.tokens, parallel.data_group())
             self._engine.backward(out.loss_sum * share + self.recipe.balance * _mean(balance_M))
-            if number == len(batches):
-                self._drop_gradients_that_are_not_finite()
+            if number == len(batches) and not self.recipe.zero_stage:
+                self._norm = self._checked_norm()
             self._engine.step()
             loss_sum += float(out.loss_sum.detach())
             counts.append(out.counts_ME.detach().cpu())
@@ -71,21 +70,20 @@ class DeepSpeedEngine:
 
     def _result(self, loss_sum: float, labels: int, counts_ME: Tensor, balance_M: Tensor) -> StepResult:
         total, *counts = parallel.sum_over_ranks([loss_sum, *counts_ME.double().flatten().tolist()])
-        norm = self._engine.get_global_grad_norm()
-        norm = float("nan") if norm is None else float(norm)
+        norm = float(self._engine.get_global_grad_norm() if self.recipe.zero_stage else self._norm)
         finite = math.isfinite(norm) and math.isfinite(total) and not getattr(self._engine.optimizer, "overflow", False)
         self.steps += finite
         summed = torch.tensor(counts, dtype=torch.float64).view(counts_ME.shape)
         return StepResult(total / max(1, labels), labels, balance_M.tolist(), summed, norm, finite)
 
-    def _drop_gradients_that_are_not_finite(self) -> None:
-        """Without ZeRO nothing looks at them; AdamW leaves parameters without a gradient alone."""
-        if self.recipe.zero_stage:
-            return
+    def _checked_norm(self) -> float:
+        """Without ZeRO nothing looks at it: gradients that are not finite go, and AdamW leaves their weights alone."""
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
             for parameter in self.objective.parameters():
                 parameter.grad = None
+        return norm
 
     def save(self, folder: Path) -> None:
         """This rank's fragments of weights and optimizer state as safetensors, and what they are fragments of."""
@@ -113,13 +111,12 @@ class DeepSpeedEngine:
         """The model's whole state dict, on the CPU, on the first rank; empty on all others."""
         import deepspeed
 
-        model = self.objective.get_submodule("model")
         found: dict[str, Tensor] = {}
-        for name, parameter in model.state_dict(keep_vars=True).items():
-            whole = deepspeed.zero.GatheredParameters([parameter]) if self.recipe.zero_stage == 3 else nullcontext()
-            with whole:
+        copies: dict[int, Tensor] = {}  # tied weights stay one tensor
+        for name, value in self.objective.get_submodule("model").state_dict(keep_vars=True).items():
+            with deepspeed.zero.GatheredParameters([value], enabled=self.recipe.zero_stage == 3):
                 if parallel.is_first():
-                    found[name] = parameter.detach().to("cpu", copy=True)
+                    found[name] = copies.setdefault(id(value), value.detach().to("cpu", copy=True))
         return found
 
     def close(self) -> None:

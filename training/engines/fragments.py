@@ -181,11 +181,17 @@ class _Sharded(_Base):
         return start, max(0, min(width, parameter.ds_numel - start))
 
     def _values(self, parameter: Any) -> dict[str, Tensor]:
-        read = self.optimizer._get_fp32_opt_state_partition
-        found = {WEIGHT: read(parameter)[0]}
+        def read(key: str | None) -> Tensor:
+            part: Tensor
+            part, _ = self.optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )
+            return part
+
+        found = {WEIGHT: read(None)}
         group, *_ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         state = self.optimizer.optimizer.state.get(self.optimizer.fp32_partitioned_groups_flat[group], {})
-        return found | {key: read(parameter, optim_state_key=key)[0] for key in MOMENTS if key in state}
+        return found | {key: read(key) for key in MOMENTS if key in state}
 
     def whole(self, parameter: Any) -> Tensor:
         import deepspeed
