@@ -61,7 +61,7 @@ class Trainer:
         engine: Engine,
         loader: StreamLoader,
         parts: Parts,
-        data: dict[str, Any],
+        data: list[dict[str, Any]],
         flops: FlopCount,
         log: RunLog,
     ) -> None:
@@ -118,8 +118,15 @@ class Trainer:
         ]
         tokens, pairs, tiles, records, faults, waited, *seen = parallel.sum_over_ranks(own)
         caught = [number for number, count in zip(SIGNALS, seen, strict=True) if count]
-        counts = map(int, (tokens, pairs, tiles, records, faults))
-        return Sums(*counts, waited / parallel.world(), caught[0] if caught else 0)
+        return Sums(
+            int(tokens),
+            int(pairs),
+            int(tiles),
+            int(records),
+            int(faults),
+            waited=waited / parallel.world(),
+            signal=caught[0] if caught else 0,
+        )
 
     def _faults(self, loaded: LoadedStep, sums: Sums) -> list[tuple[str, str]]:
         """Of all ranks, in their order."""
@@ -227,8 +234,14 @@ class Trainer:
         if self.adalrs is not None:
             self.adalrs.load_state_dict(state["adalrs"])
             if self.adalrs.in_trial and parallel.is_first():
-                checkpoint.replace_by_copy(folder / ADALRS, self.place.out / checkpoint.FOLDER / ADALRS)
+                self._keep_snapshot(folder)
         self.step, self.peak, self.saved = state["step"], state["peak"], folder
+
+    def _keep_snapshot(self, folder: Path) -> None:
+        """The snapshot of a trial that the checkpoint was written in, where the trial will look for it."""
+        snapshot = self.place.out / checkpoint.FOLDER / ADALRS
+        shutil.rmtree(snapshot, ignore_errors=True)
+        shutil.copytree(folder / ADALRS, snapshot, copy_function=os.link)
 
 
 def learning_rate(recipe: Recipe, step: int, peak: float) -> float:

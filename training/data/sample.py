@@ -70,9 +70,17 @@ def _check_labels(owner: str, ids: Ids, labels: Ids) -> None:
 class Samples(Protocol):
     """Sources of samples at random access: what the stream loader reads. Picklable; opens its files on first use."""
 
-    lengths: Sequence[int]  # records of each source
-    weights: Sequence[float]  # how often each source is drawn from, by records; sums to 1
-    tile_shape: tuple[int, int, int]  # (3, size, size)
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Records of each source."""
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """How often each source is drawn from, by records; they sum to 1."""
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(3, size, size)."""
 
     def sample(self, source: int, record: int) -> list[Sample]:
         """The record's samples: one, or several where its branches do not fit a stream. Raises BadRecord."""

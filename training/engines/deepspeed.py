@@ -45,7 +45,7 @@ class DeepSpeedEngine:
         )
         if recipe.zero_stage == 3:
             # read by the loss, outside of its own module's forward
-            head = objective.get_submodule("model").language_model.lm_head  # type: ignore[union-attr]
+            head = objective.get_submodule("model.language_model.lm_head")
             deepspeed.zero.register_external_parameter(objective, head.weight)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:

@@ -93,7 +93,9 @@ def of(engine: Any, model: nn.Module, stage: int) -> Fragments:
     return kind(engine, dict(model.named_parameters()))
 
 
-class _Base:
+class _Base(Fragments):
+    """Those of a DeepSpeed engine."""
+
     def __init__(self, engine: Any, named: dict[str, nn.Parameter]) -> None:
         self.engine, self.optimizer, self.named = engine, engine.optimizer, named
 
