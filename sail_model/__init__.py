@@ -18,7 +18,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from .backbone import SailVL2Model, SailVL2ModelOutput
 from .checkpoint import load_released
 from .config import PRESETS, SailViTConfig, SailVL2Config
 from .images import CorruptImageError
@@ -42,8 +41,6 @@ __all__ = [
     "SailVL2Config",
     "SailVL2ForConditionalGeneration",
     "SailVL2ImageProcessor",
-    "SailVL2Model",
-    "SailVL2ModelOutput",
     "SailVL2Output",
     "SailVL2Processor",
     "SailViTConfig",

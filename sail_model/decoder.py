@@ -6,8 +6,6 @@ Grouped-query attention with RMSNorm on q and k before RoPE; SwiGLU or routed ex
 released checkpoint. Source: Qwen3 technical report (arXiv 2505.09388), section 2.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
@@ -19,15 +17,8 @@ from .attention import Pack, causal_attention
 from .config import is_moe_layer
 from .layers import Linear, RMSNorm, residual_linear, residual_scale
 
+Statistics = tuple[Tensor, Tensor]  # counts_E, prob_sum_E
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, L, A/2]
-
-
-class Routed(NamedTuple):
-    """Where a layer's tokens went: `sail_ops.route_topk`'s statistics and ids."""
-
-    counts_E: Tensor
-    prob_sum_E: Tensor
-    ids_TK: Tensor
 
 
 class LanguageModel(nn.Module):
@@ -40,7 +31,7 @@ class LanguageModel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded tokens [B, L, D] -> final hidden states [B, L, D] and a `Routed` for each expert layer."""
+    """Embedded tokens [B, L, D] -> final hidden states [B, L, D] and one `Statistics` per mixture-of-experts layer."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -58,42 +49,29 @@ class Decoder(nn.Module):
         pack: Pack | None = None,
         token_mask_T: Tensor | None = None,
         past_key_values: Cache | None = None,
-        expert_ids_MTK: Tensor | None = None,
-    ) -> tuple[Tensor, list[Routed]]:
-        """`attention_mask` or `pack` as for `causal_attention`; `token_mask_T` is True where statistics count.
-
-        `expert_ids_MTK` are the experts to send tokens to in place of the top K, by expert layer. Raises ValueError
-        where their layers are not as many.
-        """
+    ) -> tuple[Tensor, list[Statistics]]:
+        """`attention_mask` or `pack` as for `causal_attention`; `token_mask_T` is True where statistics count."""
         rotation = rotary_tables(positions_BL, self.config)
-        routed: list[Routed] = []
-        replayed = None if expert_ids_MTK is None else self._by_layer(expert_ids_MTK)
-        for number, layer in enumerate(self.layers):
-            x_BLD, *statistics = layer(
+        statistics = []
+        for layer in self.layers:
+            x_BLD, counts_E, prob_sum_E = layer(
                 x_BLD,
                 rotation,
                 attention_mask=attention_mask,
                 pack=pack,
                 token_mask_T=token_mask_T,
                 past_key_values=past_key_values,
-                expert_ids_TK=None if replayed is None else replayed.get(number),
             )
-            if statistics[0] is not None:
-                routed.append(Routed(*statistics))
-        return self.norm(x_BLD), routed
-
-    def _by_layer(self, expert_ids_MTK: Tensor) -> dict[int, Tensor]:
-        sparse = [number for number in range(len(self.layers)) if is_moe_layer(self.config, number)]
-        if len(expert_ids_MTK) != len(sparse):
-            raise ValueError(f"SailVL2: expert_ids_MTK has {len(expert_ids_MTK)} layers, the model {len(sparse)}")
-        return dict(zip(sparse, expert_ids_MTK, strict=True))
+            if counts_E is not None:
+                statistics.append((counts_E, prob_sum_E))
+        return self.norm(x_BLD), statistics
 
 
 class DecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or routed.
 
-    Returns x and what is in a `Routed`, None for a dense layer, side by side: reentrant activation checkpointing loses
-    the gradient of a tensor inside a nested tuple.
+    Returns x and the routing statistics, None for a dense layer, side by side: reentrant activation checkpointing
+    loses the gradient of a tensor inside a nested tuple.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
@@ -112,14 +90,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         pack: Pack | None,
         token_mask_T: Tensor | None,
         past_key_values: Cache | None,
-        expert_ids_TK: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         attended = self.self_attn(self.input_layernorm(x_BLD), rotation, attention_mask, pack, past_key_values)
         normed, x_BLD = self.post_attention_layernorm.add(attended, x_BLD)
         if isinstance(self.mlp, SparseMoe):
-            y_BLD, routed = self.mlp(normed, token_mask_T, expert_ids_TK)
-            return x_BLD + y_BLD, *routed
-        return x_BLD + self.mlp(normed), None, None, None
+            y_BLD, counts_E, prob_sum_E = self.mlp(normed, token_mask_T)
+            return x_BLD + y_BLD, counts_E, prob_sum_E
+        return x_BLD + self.mlp(normed), None, None
 
 
 class Attention(nn.Module):
@@ -180,15 +157,11 @@ class SparseMoe(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
-    def forward(
-        self, x_BLD: Tensor, token_mask_T: Tensor | None, expert_ids_TK: Tensor | None
-    ) -> tuple[Tensor, Routed]:
+    def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = x_BLD.flatten(0, 1)
-        routing = sail_ops.route_topk(
-            self.gate(x_TD), self.top_k, renormalize=self.renormalize, ids_TK=expert_ids_TK, mask_T=token_mask_T
-        )
+        routing = sail_ops.route_topk(self.gate(x_TD), self.top_k, renormalize=self.renormalize, mask_T=token_mask_T)
         y_TD = self.experts(x_TD, routing.ids_TK, routing.weights_TK)
-        return y_TD.view_as(x_BLD), Routed(routing.counts_E, routing.prob_sum_E, routing.ids_TK)
+        return y_TD.view_as(x_BLD), routing.counts_E, routing.prob_sum_E
 
 
 class Experts(nn.Module):

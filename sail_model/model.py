@@ -9,17 +9,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
-import sail_ops
-
-from .backbone import SailVL2Model
+from .attention import Pack, check_cu_seqlens, pack_of, pack_of_padding, packed_positions
 from .config import SailVL2Config
-from .decoder import Experts, LanguageModel
+from .decoder import Experts, LanguageModel, Statistics
 from .generation import TileGenerationMixin
-from .layers import Linear
 from .projector import Projector
 from .vision import Preprocessor, SailViT
 
@@ -33,18 +31,15 @@ class SailVL2Output(ModelOutput):
     `counts_ME` (int64) and `prob_sum_ME` (fp32, with gradient) are `sail_ops.route_topk`'s statistics, a row for each
     mixture-of-experts layer; `num_tokens` (int64 scalar) is how many tokens they count: padding is left out.
     So the balance loss of layer m is `sail_ops.load_balancing_loss(counts_ME[m], prob_sum_ME[m], num_tokens)`.
-    `aux_loss` is their mean, without its coefficient.
     """
 
     loss: Tensor | None = None
-    aux_loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     image_hidden_states: Tensor | None = None
     counts_ME: Tensor | None = None
     prob_sum_ME: Tensor | None = None
     num_tokens: Tensor | None = None
-    expert_ids_MTK: Tensor | None = None
 
 
 class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
@@ -88,10 +83,6 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         image_features: Tensor | None = None,
-        skip_logits: bool | None = None,
-        output_router_logits: bool | None = None,
-        expert_ids_MTK: Tensor | None = None,
-        output_expert_ids: bool = False,
     ) -> SailVL2Output | tuple:
         """loss = mean over labelled positions of -log p(token); also logits, cache and routing statistics.
 
@@ -114,91 +105,43 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
         num_items_in_batch: divide the summed loss by this instead of by the number of labelled positions.
         return_dict=False returns the fields that are not None as a tuple.
 
-        skip_logits: with labels, leave the logits out, and with them most of the memory: the loss is made from hidden
-            states (`sail_ops.linear_cross_entropy`). By default so in training mode alone, as Liger has it.
-        output_router_logits: as in transformers' mixtures, by default the text config's: adds router_aux_loss_coef *
-            aux_loss to the loss, aux_loss being the mean over expert layers of `sail_ops.load_balancing_loss`.
-        expert_ids_MTK, output_expert_ids: see `SailVL2Model.forward`.
-
         Raises ValueError where image tokens and image features differ in number, or for arguments that exclude
         each other; nothing is ever truncated.
         """
-        out = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            use_cache=use_cache,
-            image_features=image_features,
-            expert_ids_MTK=expert_ids_MTK,
-            output_expert_ids=output_expert_ids,
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("SailVL2: image_features excludes pixel_values")
+        features = image_features if pixel_values is None else self.get_image_features(pixel_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        x_BLD = self._embed(input_ids, inputs_embeds, features, past_key_values)
+        hidden_BLD, statistics, num_tokens = self._decode(
+            x_BLD, attention_mask, position_ids, past_key_values, cu_seqlens
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_BLD = out.last_hidden_state[:, keep]
-        if skip_logits is None:
-            skip_logits = self.training
-        logits = None if skip_logits and labels is not None else self.language_model.lm_head(hidden_BLD)
-        loss = aux_loss = None
+        logits = self.language_model.lm_head(hidden_BLD[:, keep])
+        loss = None
         if labels is not None:
-            shifted_BL = next_tokens(labels, cu_seqlens)[:, keep]
-            loss = self._answer_loss(hidden_BLD, logits, shifted_BL, num_items_in_batch)
-        if output_router_logits is None:
-            output_router_logits = getattr(self.config.text_config, "output_router_logits", False)
-        if output_router_logits and out.counts_ME is not None:
-            aux_loss = balance_loss(out.counts_ME, out.prob_sum_ME, out.num_tokens)
-            if loss is not None:
-                share = 1.0 if num_items_in_batch is None else (shifted_BL != IGNORE_INDEX).sum() / num_items_in_batch
-                loss = loss + self.config.text_config.router_aux_loss_coef * share * aux_loss
+            loss = self.loss_function(
+                logits=logits,
+                labels=None,
+                shift_labels=next_tokens(labels, cu_seqlens)[:, keep],
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         output = SailVL2Output(
             loss=loss,
-            aux_loss=aux_loss,
             logits=logits,
-            past_key_values=out.past_key_values,
-            image_hidden_states=out.image_hidden_states,
-            counts_ME=out.counts_ME,
-            prob_sum_ME=out.prob_sum_ME,
-            num_tokens=out.num_tokens,
-            expert_ids_MTK=out.expert_ids_MTK,
+            past_key_values=past_key_values,
+            image_hidden_states=features,
+            counts_ME=torch.stack([counts_E for counts_E, _ in statistics]) if statistics else None,
+            prob_sum_ME=torch.stack([prob_sum_E for _, prob_sum_E in statistics]) if statistics else None,
+            num_tokens=num_tokens if statistics else None,
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _answer_loss(
-        self, hidden_BLD: Tensor, logits: Tensor | None, targets_BL: Tensor, num_items: Tensor | int | None
-    ) -> Tensor:
-        """Cross-entropy of the labeled positions; without logits where the head is a plain matrix."""
-        head = self.language_model.lm_head
-        if logits is None and not is_plain_linear(head):  # an adapter on it, say
-            logits = head(hidden_BLD)
-        if logits is not None:
-            vocabulary = logits.shape[-1]
-            return self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=targets_BL,
-                vocab_size=vocabulary,
-                num_items_in_batch=num_items,
-            )
-        labeled = targets_BL != IGNORE_INDEX
-        head_VD = cast(Tensor, head.weight)
-        total = sail_ops.linear_cross_entropy(hidden_BLD[labeled], head_VD, targets_BL[labeled], reduction="sum")
-        return total / (labeled.sum() if num_items is None else num_items)
-
-    @property
-    def model(self) -> SailVL2Model:
-        """Everything but the head: tokens and pictures in, hidden states out."""
-        return SailVL2Model(self)
-
-    @property
-    def base_model(self) -> SailVL2Model:
-        """`model`."""
-        return self.model
-
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Tiles [N, 3, image_size, image_size] -> image tokens [N, tokens_per_tile, D]."""
-        return self.model.get_image_features(pixel_values)
+        return self.mlp1(self.vision_model(pixel_values.to(self.dtype)))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
@@ -212,9 +155,88 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.lm_head = new_embeddings
 
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        features: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """Token embeddings [B, L, D], with image features in the places of image tokens."""
+        if inputs_embeds is not None:
+            if input_ids is not None or features is not None:
+                raise ValueError("SailVL2: inputs_embeds excludes input_ids, pixel_values and image_features")
+            return inputs_embeds
+        if input_ids is None:
+            raise ValueError("SailVL2: give input_ids or inputs_embeds")
+        if features is None and input_ids.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
+            # a step of generation; to look for image tokens would wait for the device
+            return self.get_input_embeddings()(input_ids)
+        return self.embed(input_ids, features)
+
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """As `SailVL2Model.embed`."""
-        return self.model.embed(input_ids, features)
+        """Token embeddings [B, L, D], with features [N, tokens_per_tile, D] in the places of image tokens, in order.
+
+        Raises ValueError where places and features differ in number.
+        """
+        x_BLD = self.get_input_embeddings()(input_ids)
+        places = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
+        found = 0 if features is None else features.shape[0] * features.shape[1]
+        if len(places) != found:
+            raise ValueError(
+                f"SailVL2: input_ids holds {len(places)} image tokens (id {self.config.image_token_id}), but"
+                f" pixel_values gives {found} image features ({self.config.tokens_per_tile} for each tile)"
+            )
+        if features is None:
+            return x_BLD
+        flat = x_BLD.flatten(0, 1).index_copy(0, places, features.flatten(0, 1).to(x_BLD.dtype))
+        return flat.view_as(x_BLD)
+
+    def _decode(
+        self,
+        x_BLD: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, list[Statistics], Tensor]:
+        """Final hidden states, routing statistics, and the number of tokens that these count."""
+        batch, length = x_BLD.shape[:2]
+        pack: Pack | None = None
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("SailVL2: cu_seqlens excludes past_key_values and use_cache")
+            check_cu_seqlens(cu_seqlens, batch, length)
+            pack = pack_of(cu_seqlens)
+            if position_ids is None:
+                position_ids = packed_positions(cu_seqlens)[None]
+        elif position_ids is None:
+            start = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(start, start + length, device=x_BLD.device)[None]
+        if isinstance(attention_mask, dict):  # what generate makes for a static cache, by kind of layer
+            attention_mask = attention_mask["full_attention"]
+        token_mask_T = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            token_mask_T = attention_mask[:, -length:].flatten().bool()
+            if pack is None and not attention_mask.all():
+                pack = pack_of_padding(attention_mask.bool(), length)
+        hidden_BLD, statistics = self.language_model.model(
+            x_BLD,
+            position_ids,
+            attention_mask=None if pack else self._causal_mask(x_BLD, attention_mask, position_ids, cache),
+            pack=pack,
+            token_mask_T=token_mask_T,
+            past_key_values=cache,
+        )
+        num_tokens = torch.tensor(batch * length) if token_mask_T is None else token_mask_T.sum()
+        return hidden_BLD, statistics, num_tokens.to(x_BLD.device)
+
+    def _causal_mask(
+        self, x_BLD: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+    ) -> Tensor | None:
+        """[B, 1, L, S], True where a query may look; None where plain causal attention does."""
+        mask = create_causal_mask(self.config.text_config, x_BLD, attention_mask, cache, position_ids=position_ids)
+        return cast(Tensor | None, mask)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -231,17 +253,6 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
             init.normal_(module.down_proj, std=std * module.down_init_scale)
         elif isinstance(module, Preprocessor):
             init.normal_(module.pos_embed, std=std)
-
-
-def balance_loss(counts_ME: Tensor, prob_sum_ME: Tensor, num_tokens: Tensor) -> Tensor:
-    """Mean over expert layers of `sail_ops.load_balancing_loss`: pooled, layers that collapsed would look balanced."""
-    layers = zip(counts_ME, prob_sum_ME, strict=True)
-    return torch.stack([sail_ops.load_balancing_loss(*layer, num_tokens) for layer in layers]).mean()
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module's output is its input times its weight, and nothing else."""
-    return type(module) in (Linear, nn.Linear) and module.bias is None and not module._forward_hooks
 
 
 def next_tokens(labels_BL: Tensor, cu_seqlens: Tensor | None) -> Tensor:
