@@ -210,10 +210,6 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
         """Tiles [N, 3, image_size, image_size] -> image tokens [N, tokens_per_tile, D]."""
         return self.model.get_image_features(pixel_values)
 
-    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """`Backbone.embed`."""
-        return self.model.embed(input_ids, features)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 

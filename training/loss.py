@@ -50,18 +50,17 @@ def answer_states(
     model: SailVL2ForConditionalGeneration, batch: PackedBatch, pixel_values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`answer_logits` before the head: final hidden states [N, D], which are a tenth of all positions."""
-    x_BLD = model.embed(batch.input_ids_BL, model.get_image_features(pixel_values))
-    hidden_BLD, statistics = model.language_model.model(
-        x_BLD,
-        batch.position_ids_BL,
+    out = model.model(
+        input_ids=batch.input_ids_BL,
+        pixel_values=pixel_values,
+        position_ids=batch.position_ids_BL,
         pack=batch.attention,
-        token_mask_T=batch.token_mask().flatten(),
+        token_mask=batch.token_mask(),
     )
     targets = batch.labels_BL[:, 1:]
     labeled = targets != IGNORE
-    counts, sums = zip(*statistics, strict=True) if statistics else ((), ())
-    stack = torch.stack if statistics else lambda _: torch.zeros(0, 0)
-    return hidden_BLD[:, :-1][labeled], targets[labeled], stack(counts), stack(sums)
+    counts_ME, prob_sum_ME = (torch.zeros(0, 0) if each is None else each for each in (out.counts_ME, out.prob_sum_ME))
+    return out.last_hidden_state[:, :-1][labeled], targets[labeled], counts_ME, prob_sum_ME
 
 
 def label_count(batch: PackedBatch) -> int:
