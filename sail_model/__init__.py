@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from .assemble import assemble
 from .checkpoint import load_released
 from .config import PRESETS, SailViTConfig, SailVL2Config
 from .images import CorruptImageError
@@ -44,6 +45,7 @@ __all__ = [
     "SailVL2Output",
     "SailVL2Processor",
     "SailViTConfig",
+    "assemble",
     "load_released",
     "load_tokenizer",
     "train_tokenizer",

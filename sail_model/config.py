@@ -70,7 +70,10 @@ class SailVL2Config(PreTrainedConfig):
     model_type = "sail_vl2"
     sub_configs = {"vision_config": SailViTConfig, "text_config": AutoConfig}
     # what the Trainer's evaluation leaves out of the predictions: their first dimension is not the batch
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "counts_ME", "prob_sum_ME", "num_tokens"]
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "image_hidden_states", "counts_ME", "prob_sum_ME", "num_tokens"),
+        *("aux_loss", "router_logits", "expert_ids_MTK"),
+    ]
 
     vision_config: Any = None  # given as a dict, a config or None; a SailViTConfig from then on
     text_config: Any = None  # likewise a Qwen3Config or Qwen3MoeConfig

@@ -6,6 +6,10 @@ Grouped-query attention with RMSNorm on q and k before RoPE; SwiGLU or routed ex
 released checkpoint. Source: Qwen3 technical report (arXiv 2505.09388), section 2.
 """
 
+from collections.abc import Iterator
+from itertools import repeat
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
@@ -17,8 +21,16 @@ from .attention import Pack, causal_attention
 from .config import is_moe_layer
 from .layers import Linear, RMSNorm, residual_linear, residual_scale
 
-Statistics = tuple[Tensor, Tensor]  # counts_E, prob_sum_E
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [B, L, A/2]
+
+
+class Routed(NamedTuple):
+    """What one mixture-of-experts layer decided; `counts_E` and `prob_sum_E` are `sail_ops.route_topk`'s."""
+
+    counts_E: Tensor
+    prob_sum_E: Tensor
+    ids_TK: Tensor | None  # where they were asked for,
+    logits_TE: Tensor | None  # as for these
 
 
 class LanguageModel(nn.Module):
@@ -31,7 +43,7 @@ class LanguageModel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded tokens [B, L, D] -> final hidden states [B, L, D] and one `Statistics` per mixture-of-experts layer."""
+    """Embedded tokens [B, L, D] -> final hidden states [B, L, D] and a `Routed` for each mixture-of-experts layer."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -49,28 +61,49 @@ class Decoder(nn.Module):
         pack: Pack | None = None,
         token_mask_T: Tensor | None = None,
         past_key_values: Cache | None = None,
-    ) -> tuple[Tensor, list[Statistics]]:
-        """`attention_mask` or `pack` as for `causal_attention`; `token_mask_T` is True where statistics count."""
+        expert_ids_MTK: Tensor | None = None,
+        output_expert_ids: bool = False,
+        output_router_logits: bool = False,
+    ) -> tuple[Tensor, list[Routed]]:
+        """`attention_mask` or `pack` as for `causal_attention`; `token_mask_T` is True where statistics count.
+
+        `expert_ids_MTK` replays the routing of M mixture-of-experts layers; another M raises ValueError.
+        """
         rotation = rotary_tables(positions_BL, self.config)
-        statistics = []
+        replayed = self._replayed(expert_ids_MTK)
+        routed = []
         for layer in self.layers:
-            x_BLD, counts_E, prob_sum_E = layer(
+            x_BLD, counts_E, prob_sum_E, ids_TK, logits_TE = layer(
                 x_BLD,
                 rotation,
                 attention_mask=attention_mask,
                 pack=pack,
                 token_mask_T=token_mask_T,
                 past_key_values=past_key_values,
+                expert_ids_TK=next(replayed) if layer.is_moe else None,
             )
-            if counts_E is not None:
-                statistics.append((counts_E, prob_sum_E))
-        return self.norm(x_BLD), statistics
+            if layer.is_moe:
+                kept = ids_TK if output_expert_ids else None, logits_TE if output_router_logits else None
+                routed.append(Routed(counts_E, prob_sum_E, *kept))
+        return self.norm(x_BLD), routed
+
+    def _replayed(self, expert_ids_MTK: Tensor | None) -> Iterator[Tensor | None]:
+        """The ids of each mixture-of-experts layer in turn."""
+        count = sum(is_moe_layer(self.config, i) for i in range(len(self.layers)))
+        if expert_ids_MTK is None:
+            return repeat(None, count)
+        if len(expert_ids_MTK) != count:
+            raise ValueError(
+                f"SailVL2: expert_ids_MTK is of {len(expert_ids_MTK)} layers, wanted [{count}, T, K]: the model has"
+                f" {count} mixture-of-experts layers"
+            )
+        return iter(expert_ids_MTK)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or routed.
 
-    Returns x and the routing statistics, None for a dense layer, side by side: reentrant activation checkpointing
+    Returns x and the fields of `Routed`, None for a dense layer, side by side: reentrant activation checkpointing
     loses the gradient of a tensor inside a nested tuple.
     """
 
@@ -79,7 +112,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseMoe(config) if is_moe_layer(config, layer_idx) else MLP(config)
+        self.is_moe = is_moe_layer(config, layer_idx)
+        self.mlp = SparseMoe(config) if self.is_moe else MLP(config)
 
     def forward(
         self,
@@ -90,13 +124,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         pack: Pack | None,
         token_mask_T: Tensor | None,
         past_key_values: Cache | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        expert_ids_TK: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         attended = self.self_attn(self.input_layernorm(x_BLD), rotation, attention_mask, pack, past_key_values)
         normed, x_BLD = self.post_attention_layernorm.add(attended, x_BLD)
-        if isinstance(self.mlp, SparseMoe):
-            y_BLD, counts_E, prob_sum_E = self.mlp(normed, token_mask_T)
-            return x_BLD + y_BLD, counts_E, prob_sum_E
-        return x_BLD + self.mlp(normed), None, None
+        if self.is_moe:
+            y_BLD, routed = self.mlp(normed, token_mask_T, expert_ids_TK)
+            return x_BLD + y_BLD, *routed
+        return x_BLD + self.mlp(normed), None, None, None, None
 
 
 class Attention(nn.Module):
@@ -157,11 +192,15 @@ class SparseMoe(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
-    def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None, ids_TK: Tensor | None) -> tuple[Tensor, Routed]:
+        """`ids_TK`: the experts to take instead of those that the router would choose."""
         x_TD = x_BLD.flatten(0, 1)
-        routing = sail_ops.route_topk(self.gate(x_TD), self.top_k, renormalize=self.renormalize, mask_T=token_mask_T)
-        y_TD = self.experts(x_TD, routing.ids_TK, routing.weights_TK)
-        return y_TD.view_as(x_BLD), routing.counts_E, routing.prob_sum_E
+        logits_TE = self.gate(x_TD)
+        weights_TK, ids_TK, counts_E, prob_sum_E = sail_ops.route_topk(
+            logits_TE, self.top_k, renormalize=self.renormalize, ids_TK=ids_TK, mask_T=token_mask_T
+        )
+        y_TD = self.experts(x_TD, ids_TK, weights_TK)
+        return y_TD.view_as(x_BLD), Routed(counts_E, prob_sum_E, ids_TK, logits_TE)
 
 
 class Experts(nn.Module):

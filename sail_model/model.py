@@ -1,23 +1,28 @@
-"""SAIL-VL2 as one Hugging Face model: SAIL-ViT, `mlp1`, Qwen3.
+"""SAIL-VL2 as one Hugging Face model: SAIL-ViT, `mlp1`, Qwen3, and the head with its losses.
 
-N tiles, B batch, L sequence, D hidden, V vocabulary, M mixture-of-experts layers, E experts, S packed samples.
-Single-device code; parallelism, engines and the loss on the routing statistics live in `training`.
+N tiles, B batch, L sequence, T = B*L tokens, D hidden, V vocabulary, M mixture-of-experts layers, E experts, K top-k,
+S packed samples.
+Single-device code; parallelism and engines live in `training`.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
-from .attention import Pack, check_cu_seqlens, pack_of, pack_of_padding, packed_positions
+import sail_ops
+
+from .attention import Pack
+from .backbone import AttentionMask, Backbone, BackboneOutput
 from .config import SailVL2Config
-from .decoder import Experts, LanguageModel, Statistics
+from .decoder import Experts, LanguageModel
 from .generation import TileGenerationMixin
+from .layers import Linear
 from .projector import Projector
 from .vision import Preprocessor, SailViT
 
@@ -28,9 +33,8 @@ IGNORE_INDEX = -100
 class SailVL2Output(ModelOutput):
     """What `SailVL2ForConditionalGeneration.forward` returns; a field that does not apply is None.
 
-    `counts_ME` (int64) and `prob_sum_ME` (fp32, with gradient) are `sail_ops.route_topk`'s statistics, a row for each
-    mixture-of-experts layer; `num_tokens` (int64 scalar) is how many tokens they count: padding is left out.
-    So the balance loss of layer m is `sail_ops.load_balancing_loss(counts_ME[m], prob_sum_ME[m], num_tokens)`.
+    aux_loss: fp32 scalar, the mean over mixture-of-experts layers of `sail_ops.load_balancing_loss`. The other fields
+    behind the logits are `BackboneOutput`'s.
     """
 
     loss: Tensor | None = None
@@ -40,6 +44,9 @@ class SailVL2Output(ModelOutput):
     counts_ME: Tensor | None = None
     prob_sum_ME: Tensor | None = None
     num_tokens: Tensor | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    expert_ids_MTK: Tensor | None = None
 
 
 class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
@@ -68,11 +75,20 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
         # An image token that the model wrote would have no features.
         self.generation_config.suppress_tokens = [config.image_token_id]
 
+    @property
+    def model(self) -> Backbone:
+        """From inputs to hidden states: `model.model(...).last_hidden_state`."""
+        return Backbone(self.config, self.vision_model, self.mlp1, self.language_model.model, self.training)
+
+    @property
+    def base_model(self) -> Backbone:
+        return self.model
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: AttentionMask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -83,6 +99,12 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         image_features: Tensor | None = None,
+        pack: Pack | None = None,
+        token_mask: Tensor | None = None,
+        expert_ids_MTK: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        output_expert_ids: bool = False,
+        skip_logits: bool | None = None,
     ) -> SailVL2Output | tuple:
         """loss = mean over labelled positions of -log p(token); also logits, cache and routing statistics.
 
@@ -100,48 +122,93 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
             [cu_seqlens[s], cu_seqlens[s+1]); positions start at 0 and attention is blocked in every sample. Several
             streams are one long stream. Padding needs samples of its own; attention_mask [1, L] then only says which
             tokens the routing statistics leave out.
+        pack in its place: sequences over the T tokens of all rows, which may look at other keys than their own
+            (branches on one prefix). It needs position_ids.
+        token_mask [B, L] bool, True where the routing statistics count; by default what attention_mask says.
+        skip_logits: whether to leave logits out. The loss never makes more of them than a few rows at a time, so by
+            default they are left out in training where there are labels, and made otherwise: without labels, and in
+            evaluation.
         logits_to_keep: compute logits for the last n positions (0: all), or for these positions (int64 [n]). The loss
-            is over the same positions, so those whose next token is labelled give the full loss in less memory.
+            is over the same positions.
         num_items_in_batch: divide the summed loss by this instead of by the number of labelled positions.
+        output_router_logits (default: `text_config`'s): also `router_logits` and `aux_loss`; where there are labels,
+            `text_config.router_aux_loss_coef` * aux_loss is added to the loss (with num_items_in_batch, in the
+            proportion of this batch's labelled positions to it, so that accumulated batches add up to a mean).
+        expert_ids_MTK [M, T, K] int: experts that each token is routed to, as output_expert_ids=True returned them;
+            their weights are the router's.
         return_dict=False returns the fields that are not None as a tuple.
 
         Raises ValueError where image tokens and image features differ in number, or for arguments that exclude
         each other; nothing is ever truncated.
         """
-        if pixel_values is not None and image_features is not None:
-            raise ValueError("SailVL2: image_features excludes pixel_values")
-        features = image_features if pixel_values is None else self.get_image_features(pixel_values)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
-        x_BLD = self._embed(input_ids, inputs_embeds, features, past_key_values)
-        hidden_BLD, statistics, num_tokens = self._decode(
-            x_BLD, attention_mask, position_ids, past_key_values, cu_seqlens
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        elif skip_logits and labels is None:
+            raise ValueError("SailVL2: skip_logits needs labels: without logits and loss there is nothing to return")
+        out = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            use_cache=use_cache,
+            image_features=image_features,
+            pack=pack,
+            token_mask=token_mask,
+            expert_ids_MTK=expert_ids_MTK,
+            output_router_logits=output_router_logits,
+            output_expert_ids=output_expert_ids,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.language_model.lm_head(hidden_BLD[:, keep])
+        hidden_BLD = out.last_hidden_state[:, keep]
+        aux_loss = balance_loss(out) if out.router_logits else None
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=next_tokens(labels, cu_seqlens)[:, keep],
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            following_BL = next_tokens(labels, pack.cu_seqlens if pack else cu_seqlens)[:, keep]
+            loss = self._loss(hidden_BLD, following_BL, num_items_in_batch, aux_loss)
         output = SailVL2Output(
             loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            image_hidden_states=features,
-            counts_ME=torch.stack([counts_E for counts_E, _ in statistics]) if statistics else None,
-            prob_sum_ME=torch.stack([prob_sum_E for _, prob_sum_E in statistics]) if statistics else None,
-            num_tokens=num_tokens if statistics else None,
+            logits=None if skip_logits else self.language_model.lm_head(hidden_BLD),
+            past_key_values=out.past_key_values,
+            image_hidden_states=out.image_hidden_states,
+            counts_ME=out.counts_ME,
+            prob_sum_ME=out.prob_sum_ME,
+            num_tokens=out.num_tokens,
+            aux_loss=aux_loss,
+            router_logits=out.router_logits,
+            expert_ids_MTK=out.expert_ids_MTK,
         )
         return output.to_tuple() if return_dict is False else output
 
+    def _loss(
+        self,
+        hidden_BLD: Tensor,
+        labels_BL: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        aux_loss: Tensor | None,
+    ) -> Tensor:
+        """Cross-entropy of what each position is to predict, and the balance loss."""
+        labelled_BL = labels_BL != IGNORE_INDEX
+        labels_N, hidden_ND = labels_BL[labelled_BL], hidden_BLD[labelled_BL]
+        head: Any = self.language_model.lm_head
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        if is_plain(head, hidden_ND):
+            loss = sail_ops.linear_cross_entropy(hidden_ND, head.weight, labels_N, reduction=reduction)
+        else:
+            loss = F.cross_entropy(head(hidden_ND).float(), labels_N, reduction=reduction)
+        share: Tensor | float = 1.0
+        if num_items_in_batch is not None:
+            items = torch.as_tensor(num_items_in_batch, device=loss.device)
+            loss, share = loss / items, len(labels_N) / items
+        if aux_loss is not None:
+            loss = loss + self.config.text_config.router_aux_loss_coef * share * aux_loss
+        return loss
+
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Tiles [N, 3, image_size, image_size] -> image tokens [N, tokens_per_tile, D]."""
-        return self.mlp1(self.vision_model(pixel_values.to(self.dtype)))
+        return self.model.get_image_features(pixel_values)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
@@ -154,89 +221,6 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.lm_head = new_embeddings
-
-    def _embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        features: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        """Token embeddings [B, L, D], with image features in the places of image tokens."""
-        if inputs_embeds is not None:
-            if input_ids is not None or features is not None:
-                raise ValueError("SailVL2: inputs_embeds excludes input_ids, pixel_values and image_features")
-            return inputs_embeds
-        if input_ids is None:
-            raise ValueError("SailVL2: give input_ids or inputs_embeds")
-        if features is None and input_ids.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
-            # a step of generation; to look for image tokens would wait for the device
-            return self.get_input_embeddings()(input_ids)
-        return self.embed(input_ids, features)
-
-    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Token embeddings [B, L, D], with features [N, tokens_per_tile, D] in the places of image tokens, in order.
-
-        Raises ValueError where places and features differ in number.
-        """
-        x_BLD = self.get_input_embeddings()(input_ids)
-        places = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
-        found = 0 if features is None else features.shape[0] * features.shape[1]
-        if len(places) != found:
-            raise ValueError(
-                f"SailVL2: input_ids holds {len(places)} image tokens (id {self.config.image_token_id}), but"
-                f" pixel_values gives {found} image features ({self.config.tokens_per_tile} for each tile)"
-            )
-        if features is None:
-            return x_BLD
-        flat = x_BLD.flatten(0, 1).index_copy(0, places, features.flatten(0, 1).to(x_BLD.dtype))
-        return flat.view_as(x_BLD)
-
-    def _decode(
-        self,
-        x_BLD: Tensor,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, list[Statistics], Tensor]:
-        """Final hidden states, routing statistics, and the number of tokens that these count."""
-        batch, length = x_BLD.shape[:2]
-        pack: Pack | None = None
-        if cu_seqlens is not None:
-            if cache is not None:
-                raise ValueError("SailVL2: cu_seqlens excludes past_key_values and use_cache")
-            check_cu_seqlens(cu_seqlens, batch, length)
-            pack = pack_of(cu_seqlens)
-            if position_ids is None:
-                position_ids = packed_positions(cu_seqlens)[None]
-        elif position_ids is None:
-            start = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(start, start + length, device=x_BLD.device)[None]
-        if isinstance(attention_mask, dict):  # what generate makes for a static cache, by kind of layer
-            attention_mask = attention_mask["full_attention"]
-        token_mask_T = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            token_mask_T = attention_mask[:, -length:].flatten().bool()
-            if pack is None and not attention_mask.all():
-                pack = pack_of_padding(attention_mask.bool(), length)
-        hidden_BLD, statistics = self.language_model.model(
-            x_BLD,
-            position_ids,
-            attention_mask=None if pack else self._causal_mask(x_BLD, attention_mask, position_ids, cache),
-            pack=pack,
-            token_mask_T=token_mask_T,
-            past_key_values=cache,
-        )
-        num_tokens = torch.tensor(batch * length) if token_mask_T is None else token_mask_T.sum()
-        return hidden_BLD, statistics, num_tokens.to(x_BLD.device)
-
-    def _causal_mask(
-        self, x_BLD: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
-    ) -> Tensor | None:
-        """[B, 1, L, S], True where a query may look; None where plain causal attention does."""
-        mask = create_causal_mask(self.config.text_config, x_BLD, attention_mask, cache, position_ids=position_ids)
-        return cast(Tensor | None, mask)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -255,10 +239,29 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
             init.normal_(module.pos_embed, std=std)
 
 
+def is_plain(head: nn.Module, hidden: Tensor) -> bool:
+    """Whether head(hidden) is hidden @ weight^T and no more: no bias, adapter, hook, other forward or other dtype."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    if type(head) not in (nn.Linear, Linear) or head.bias is not None or "forward" in vars(head) or any(hooks):
+        return False
+    return head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
+
+
+def balance_loss(out: BackboneOutput) -> Tensor:
+    """Mean over mixture-of-experts layers of E * sum_e f_e P_e; fp32 scalar, with gradient for the routers.
+
+    Layer by layer: pooled, as in transformers, layers that each collapsed onto other experts would look balanced.
+    """
+    counts_ME, prob_sum_ME = cast(Tensor, out.counts_ME), cast(Tensor, out.prob_sum_ME)
+    num_tokens = cast(Tensor, out.num_tokens)
+    rows = zip(counts_ME, prob_sum_ME, strict=True)
+    return torch.stack([sail_ops.load_balancing_loss(*row, num_tokens) for row in rows]).mean()
+
+
 def next_tokens(labels_BL: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The label that each position predicts: the next one, or -100 at the end of a sequence or packed sample."""
+    """The label that each position predicts: the next one, or -100 at the end of a row or packed sample."""
     following_BL = labels_BL.roll(-1, dims=1)
     following_BL[:, -1] = IGNORE_INDEX
     if cu_seqlens is not None:
-        following_BL[:, cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+        following_BL.view(-1)[cu_seqlens[1:].long() - 1] = IGNORE_INDEX
     return following_BL

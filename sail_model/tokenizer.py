@@ -120,6 +120,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     return _assemble(model["vocab"], [(left, right) for left, right in model["merges"]])
 
 
+def with_added_tokens(tokenizer: Qwen2Tokenizer) -> Qwen2Tokenizer:
+    """A Qwen tokenizer made SAIL-VL2's: the added tokens that it lacks come behind its own, then chat and padding.
+
+    A Qwen3 tokenizer gets ids 151669 to 151677, which are SAIL-VL2's.
+    """
+    lacking = [token for token in ADDED_TOKENS if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(token, special=ADDED_TOKENS[token], normalized=False) for token in lacking])
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side = TURN_END, PAD, "left"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def _assemble(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
     """Vocabulary and merges as a tokenizer with the added tokens behind them."""
     added = {

@@ -72,7 +72,7 @@ def test_features_in_the_place_of_pixels(model: Model, batch: dict[str, Tensor],
     features = model.get_image_features(batch["pixel_values"]).detach()
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(model.generate(**text, image_features=features, **GREEDY), greedy)
-    embeds = model.embed(batch["input_ids"], features)
+    embeds = model.model.embed(batch["input_ids"], features)
     generated = model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GREEDY)
     assert torch.equal(generated, greedy[:, -6:])
 

@@ -81,5 +81,6 @@ def exact_ops() -> Iterator[None]:
     """`sail_ops` is its own reference inside the block, so that a model can run in fp64."""
     norms = ("rms_norm", "add_rms_norm", "layer_norm", "qk_norm_rope")
     names = (*norms, "attention", "attention_varlen", "swiglu", "route_topk", "fused_experts")
+    names += ("linear_cross_entropy",)
     with patch.multiple(sail_ops, **{name: getattr(reference, name) for name in names}):
         yield
