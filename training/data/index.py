@@ -45,7 +45,7 @@ class Index:
                 return False
             self._place, self.digest, self._names = place, described["digest"], described["arrays"]
             self._map()
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError):
             return False
         return True
 

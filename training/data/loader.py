@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -100,8 +101,10 @@ class StreamLoader:
             self._steps = self._start()
         drawn: dict[int, Drawn] = {}
         try:
-            for _ in range(max(1, self.workers)):
-                drawn.update(next(self._steps))
+            for item in islice(self._steps, max(1, self.workers)):
+                if isinstance(item, InputError):
+                    raise item
+                drawn.update(item)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

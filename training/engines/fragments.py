@@ -6,9 +6,10 @@ fragments cover. So a checkpoint needs no communication and no pickle, and fits 
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,11 +63,13 @@ class Stored:
             torch.set_rng_state(self._files[rank].get_tensor(RANDOM))
 
 
-class Fragments(Protocol):
+class Fragments(ABC):
     """What an engine's rank holds."""
 
+    @abstractmethod
     def __iter__(self) -> Iterator[Fragment]: ...
 
+    @abstractmethod
     def load(self, stored: Stored, steps: int) -> None:
         """Copy what is stored into them, and into the weights that the model computes with."""
 
@@ -89,11 +92,12 @@ def write(folder: Path, fragments: Fragments, rank: int, world: int) -> None:
 
 def of(engine: Any, model: nn.Module, stage: int) -> Fragments:
     """The fragments of a DeepSpeed engine around `model`."""
-    kind = {0: _Whole, 1: _Partitioned, 2: _Partitioned, 3: _Sharded}[stage]
-    return kind(engine, dict(model.named_parameters()))
+    kind: Any = {0: _Whole, 1: _Partitioned, 2: _Partitioned, 3: _Sharded}[stage]
+    found: Fragments = kind(engine, dict(model.named_parameters()))
+    return found
 
 
-class _Base(Fragments):
+class _Base(Fragments, ABC):
     """Those of a DeepSpeed engine."""
 
     def __init__(self, engine: Any, named: dict[str, nn.Parameter]) -> None:

@@ -1,0 +1,95 @@
+"""A mixture names sources, weights and limits; what it leaves out or gets wrong is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.data.easy_vqa import EasyVqa
+from training.data.mixture import open_data, usable
+from training.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, count in (("small", 4), ("large", 16)):
+        records = [{"messages": [{"role": "assistant", "content": f"{name} {n}"}]} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def mixture(folder: Path, text: str) -> str:
+    (folder / "mixture.yaml").write_text(text)
+    return str(folder / "mixture.yaml")
+
+
+BOTH = "sources:\n- path: small.jsonl\n- path: large.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        (BOTH, (0.2, 0.8)),
+        ("balance: 0\n" + BOTH, (0.5, 0.5)),
+        ("balance: 0.5\n" + BOTH, (1 / 3, 2 / 3)),
+        ("sources:\n- {path: small.jsonl, weight: 3}\n- {path: large.jsonl, weight: 1}\n", (0.75, 0.25)),
+        ("sources:\n- {path: small.jsonl, weight: 3}\n- {path: large.jsonl}\n", (0.75, 0.25)),
+        ("sources:\n- {path: small.jsonl}\n- {path: large.jsonl, limit: 4}\n", (0.5, 0.5)),
+    ],
+)
+def test_weights(text: str, weights: tuple[float, ...], folder: Path) -> None:
+    assert open_data(mixture(folder, text)).weights == pytest.approx(weights)
+
+
+def test_a_source_of_weight_zero_is_left_out(folder: Path) -> None:
+    found = open_data(mixture(folder, "sources:\n- {path: small.jsonl}\n- {path: large.jsonl, weight: 0}\n"))
+    assert len(found.sources) == 1 and found.weights == (1.0,)
+
+
+def test_a_limit_takes_records_from_everywhere_and_always_the_same(folder: Path) -> None:
+    name = mixture(folder, "sources:\n- {path: large.jsonl, limit: 5}\n")
+    first, again = ([record.where for record in usable(open_data(name))] for _ in range(2))
+    assert first == again and len(set(first)) == 5
+    assert first != [f"{folder / 'large.jsonl'}: line {n}" for n in range(1, 6)]
+
+
+def test_bad_records_are_not_usable(folder: Path) -> None:
+    with (folder / "small.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert len(list(usable(open_data(str(folder / "small.jsonl"))))) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("[", "mixture.yaml: "),
+        ("- a", "want a mapping"),
+        ("sources: []", "at least one source"),
+        ("source: []", "got source, want only"),
+        ("sources:\n- small.jsonl", "source 1: got 'small.jsonl', want a mapping"),
+        ("sources:\n- {path: small.jsonl, wieght: 2}", "got wieght, want only"),
+        ("sources:\n- {weight: 2}", "without a path"),
+        ("sources:\n- {path: small.jsonl, weight: many}", "got 'many', want a number"),
+        ("sources:\n- {path: small.jsonl, weight: -1}", "got -1, want a number"),
+        ("sources:\n- {path: small.jsonl, weight: 0}", "weights of all sources are 0"),
+        ("sources:\n- {path: small.jsonl, limit: 0}", "limit: got 0"),
+        ("balance: x\n" + BOTH, "balance: got 'x'"),
+        ("sources:\n- {path: none.jsonl}", "is no file"),
+    ],
+)
+def test_what_a_mixture_gets_wrong(text: str, wrong: str, folder: Path) -> None:
+    with pytest.raises(InputError, match=wrong):
+        open_data(mixture(folder, text))
+
+
+def test_what_is_no_data() -> None:
+    with pytest.raises(InputError, match="data: got 'nowhere', want easy_vqa"):
+        open_data("nowhere")
+
+
+def test_easy_vqa_has_the_published_sizes() -> None:
+    train, test = EasyVqa("train"), EasyVqa("test")
+    assert (len(train), len(test)) == (4000, 1000)
+    counts = [sum(len(source.conversation(n).branches) for n in range(len(source))) for source in (train, test)]
+    assert counts == [38575, 9673]
+    assert train.fingerprint["sha256"] != test.fingerprint["sha256"]

@@ -1,0 +1,168 @@
+"""Records at random access: lines, shards and folders, indexed once, with what is damaged named and never fatal."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from training.data.conversation import BadRecord, Picture, Text
+from training.data.index import Index
+from training.data.sources import open_source
+from training.errors import InputError
+
+
+def line(text: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]})
+
+
+def words(source: object, number: int) -> str:
+    (part,) = source.conversation(number).turns[0].parts  # type: ignore[attr-defined]
+    assert isinstance(part, Text)
+    return part.text
+
+
+def write_shard(path: Path, records: list[tuple[str, dict[str, bytes]]], form: int = tarfile.USTAR_FORMAT) -> None:
+    with tarfile.open(path, "w", format=form) as tar:
+        for key, members in records:
+            for ending, data in members.items():
+                entry = tarfile.TarInfo(f"{key}.{ending}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+
+
+def shown(pictures: int) -> bytes:
+    value = "<image>" * pictures + "q"
+    return json.dumps({"conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "a"}]}).encode()
+
+
+def test_lines_in_any_order_and_what_is_wrong_with_one(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(f"{line('zero')}\n{line('one')}\n{{\n{line('three ')}".encode() + b"\n\xff\n")
+    source = open_source(path)
+    assert len(source) == 5
+    assert [words(source, n) for n in (3, 0, 1)] == ["three ", "zero", "one"]
+    for number, wrong in ((2, "line 3: Expecting"), (4, "line 5: 'utf-8'")):
+        with pytest.raises(BadRecord, match=f"data.jsonl: {wrong}"):
+            source.conversation(number)
+    assert words(pickle.loads(pickle.dumps(source)), 1) == "one"
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line("one\u2028two\x85") + "\r\n" + line("last"), encoding="utf-8")
+    source = open_source(path)
+    assert len(source) == 2 and words(source, 0) == "one\u2028two\x85" and words(source, 1) == "last"
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_shards(form: int, tmp_path: Path) -> None:
+    many = {"json": shown(11), **{f"{n}.jpg": str(n).encode() for n in range(11)}}
+    write_shard(tmp_path / "a-0.tar", [("x/one", {"jpg": b"1", "json": shown(1)}), ("x/two" + "o" * 90, many)], form)
+    write_shard(tmp_path / "a-1.tar", [("three", {"json": shown(0)}), ("four", {"png": b"4"})], form)
+    source = open_source(tmp_path)
+    assert len(source) == 4
+    pictures = [part.source for part in source.conversation(1).turns[0].parts if isinstance(part, Picture)]
+    assert pictures == [str(n).encode() for n in range(11)]
+    assert words(pickle.loads(pickle.dumps(source)), 2) == "q"
+    with pytest.raises(BadRecord, match="a-1.tar: /four: has no .json"):
+        source.conversation(3)
+
+
+@pytest.mark.parametrize("cut", [700, 1500, 2048, 2500])
+def test_a_cut_shard_is_refused_when_it_is_opened(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, [("one", {"json": shown(0)}), ("two", {"json": shown(0)})])
+    os.truncate(path, cut)
+    with pytest.raises(InputError, match=r"a\.tar: the shard is cut or damaged"):
+        open_source(path)
+
+
+def test_a_shard_that_shrinks_or_goes_afterwards_spoils_its_records_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, [("one", {"json": shown(0)}), ("two", {"json": shown(0)})])
+    source, other = open_source(path), open_source(path)
+    os.truncate(path, 1100)
+    assert words(source, 0) == "q"
+    with pytest.raises(BadRecord, match="two: two.json: the shard ends in the middle"):
+        source.conversation(1)
+    path.unlink()
+    with pytest.raises(BadRecord, match="No such file"):
+        other.conversation(0)
+
+
+def test_shards_that_a_list_names_must_be_there(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("one", {"json": shown(0)})])
+    size = (tmp_path / "a.tar").stat().st_size
+    (tmp_path / "shards.json").write_text(json.dumps({"a.tar": size, "b.tar": size}))
+    with pytest.raises(InputError, match=r"b\.tar: is missing, shards.json says"):
+        open_source(tmp_path)
+    write_shard(tmp_path / "b.tar", [("one", {"json": shown(0)})])
+    assert len(open_source(tmp_path)) == 2
+    (tmp_path / "b.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=r"b\.tar: has 0 bytes"):
+        open_source(tmp_path)
+
+
+def test_the_index_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line("one") + "\n")
+    before = open_source(path).fingerprint
+    built = []
+    original = Index._write
+
+    def counted(*arguments: object) -> bool:
+        built.append(1)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Index, "_write", counted)
+    assert open_source(path).fingerprint == before and not built
+    path.write_text(line("one") + "\n" + line("two") + "\n")
+    assert len(open_source(path)) == 2 and built
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved" / path.name)
+    assert open_source(moved).fingerprint != before
+    moved.write_text(line("one") + "\n")
+    assert open_source(moved).fingerprint == before, "the place and the time of a file are not what is in it"
+
+
+def test_an_index_goes_to_the_cache_where_the_data_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line("one") + "\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / ".sail-index").write_text("in the way")  # also for root, who may write anywhere
+    assert len(open_source(path)) == 1 and list((tmp_path / "cache").rglob("edges.npy"))
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(InputError, match="its index can be written neither"):
+        open_source(path)
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line("one") + "\n")
+    open_source(path)
+    (table,) = (tmp_path / ".sail-index").rglob("edges.npy")
+    table.write_bytes(b"")
+    assert words(open_source(path), 0) == "one"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("none.jsonl", "is no file"),
+        ("a.parquet", "want a .jsonl file"),
+        ("empty.jsonl", "no records"),
+        (".", "no .jsonl"),
+    ],
+)
+def test_what_is_no_source(name: str, wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(InputError, match=wrong):
+        open_source(tmp_path / "sub" if name == "." else tmp_path / name)
