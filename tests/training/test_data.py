@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from training.packing import IGNORE, Branch, Sample, pack
+from training.records import PictureReader, StreamFeed, easy_vqa, jsonl_records
 
 from training.errors import InputError
 from training.evaluate import majority_baseline, question_only_baseline
-from training.packing import IGNORE, Branch, Sample, pack
-from training.records import PictureReader, StreamFeed, easy_vqa, jsonl_records
 
 
 def tiny_pixels(picture: Image.Image) -> Tensor:

@@ -12,16 +12,16 @@ from tiny_model import exact_ops, lively_model, one_thread
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from training.device import start_processes, stop_processes
+from training.loss import TrainedModel, answer_logits, balance_losses, label_count
+from training.packing import IGNORE, Branch, PackedBatch, Sample, pack
+from training.records import Record
 
 from sail_model import SailVL2ForConditionalGeneration, SailVL2Processor
 from sail_ops.testing import assert_accurate
 from training.assemble import answer_ids, build_config, build_processor, chat, encode_one, picture_reader, prompt_ids
-from training.device import start_processes, stop_processes
 from training.evaluate import exact_match
-from training.loss import TrainedModel, answer_logits, balance_losses, label_count
 from training.metrics import FlopCount
-from training.packing import IGNORE, Branch, PackedBatch, Sample, pack
-from training.records import Record
 
 RECORDS = [
     Record(Path("a"), (("is it red?", "yes"), ("what color is it?", "red"), ("is it blue?", "no"))),
