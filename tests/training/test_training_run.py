@@ -16,11 +16,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from PIL import Image
+from training.records import easy_vqa
 
 from sail_model import SailVL2ForConditionalGeneration
 from training import checkpoint, cli
 from training.metrics import read_lines
-from training.records import easy_vqa
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.data.batch import Batch, collate
 from training.data.conversation import BadRecord
+from training.data.parcel import Item, Parcel
 from training.data.sample import Samples
 from training.data.streams import Drawn, Fault, LogicalStream, Packing, balanced
 from training.errors import InputError
 
 PREFETCH = 2  # steps that each worker is ahead
-Item = list[tuple[int, Drawn]] | InputError  # a worker's rows of a step; torch would bury an error in a traceback
 
 
 class WorkerDied(RuntimeError):
@@ -78,7 +78,7 @@ class StreamLoader:
             packing = balanced(samples, packing, seed=seed, streams=streams)
         self.packing = packing
         self._states: dict[int, dict[str, Any]] = {}
-        self._steps: Iterator[Item] | None = None
+        self._steps: Iterator[Item | Parcel] | None = None
 
     def next(self) -> LoadedStep:
         """The next step's micro-batches."""
@@ -102,18 +102,19 @@ class StreamLoader:
         drawn: dict[int, Drawn] = {}
         try:
             for item in islice(self._steps, max(1, self.workers)):
-                if isinstance(item, InputError):
-                    raise item
-                drawn.update(item)
+                found = item.opened() if isinstance(item, Parcel) else item
+                if isinstance(found, InputError):
+                    raise found
+                drawn.update(found)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "exited unexpectedly" not in str(error):  # torch's words; an exception inside a worker has others
                 raise
-            raise RuntimeError(
+            raise WorkerDied(
                 f"data: a worker process died ({error}); --resume goes on from the last checkpoint"
             ) from error
         return drawn
 
-    def _start(self) -> Iterator[Item]:
+    def _start(self) -> Iterator[Item | Parcel]:
         rows = _Rows(self.samples, self.packing, self.seed, self.own, self.streams, self._states)
         if not self.workers:
             return rows.__iter__()
@@ -128,7 +129,7 @@ class StreamLoader:
             multiprocessing_context=context,
             worker_init_fn=_start_worker,
         )
-        started: Iterator[Item] = iter(loader)
+        started: Iterator[Item | Parcel] = iter(loader)
         return started
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,6 +153,8 @@ class StreamLoader:
         described = {"streams": self.streams, "seed": self.seed, "lengths": list(self.samples.lengths)}
         if states.get("all") != described:
             raise InputError(f"--resume: the data was read as {states.get('all')}, and is now {described}")
+        if missing := [number for number in self.own if str(number) not in states]:
+            raise InputError(f"--resume: got no state of streams {missing}, want those of all {self.streams}")
         self.close()
         self._states = {number: states[str(number)] for number in self.own}
 
@@ -175,9 +178,13 @@ class _Rows(IterableDataset):
         self.samples, self.packing, self.seed, self.own = samples, packing, seed, own
         self.streams, self.states = streams, states
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Item | Parcel]:
         worker = get_worker_info()
-        mine = self.own if worker is None else self.own[worker.id :: worker.num_workers]
+        if worker is None:
+            return self._rows(self.own)
+        return map(Parcel.of, self._rows(self.own[worker.id :: worker.num_workers]))
+
+    def _rows(self, mine: Sequence[int]) -> Iterator[Item]:
         try:
             made = [self._stream(number) for number in mine]
             while True:
