@@ -1,92 +1,132 @@
-"""AdaLRS: search the learning rate while training, by how fast the loss falls.
+"""AdaLRS: search the peak learning rate while training, by how fast the loss falls. No model or engine in here.
 
-v is minus the least-squares slope of the loss over a window of k steps. Every other window a trial runs at eta * a with
-a = max(lambda^t alpha, 1) after t trials; it is kept where v(trial) > v(before) + 2e. Where v(trial) < v(before) - 2e,
-weights and optimizer go back to before the trial, and training goes on at eta * b, b = 1 / max(lambda^t beta, 1). Else
-eta stays. A rate that diverges is a trial that failed. Source: SAIL-VL2 report, section 4.2; arXiv 2506.13274.
-
-The report gives neither alpha, beta, lambda, k nor e. Ours: its rates, 2e-4 to 6.75e-4, are (3/2)^3 apart, so alpha = 3
-and beta = 2 (coprime, as it asks); lambda 0.9; k 50 steps; e is the standard error of the slope, so that a trial must
-beat the noise.
+Source: SAIL-VL2 report (arXiv 2509.14033), section 4.2; AdaLRS (arXiv 2506.13274).
+Values that the sources leave open are ours: docs/decisions, training-tools-adalrs.
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 
 class Action(NamedTuple):
-    """What to do before the next step: take a snapshot, or go back to the last one, and the peak rate from now on."""
+    """What the trainer does before its next step, which it takes with peak learning rate `rate`.
+
+    "keep": go on.  "try": save model and optimizer first, `rate` is a trial.  "roll_back": bring back model and
+    optimizer as that snapshot has them; data and the count of steps go on.
+    """
+
+    kind: Literal["keep", "try", "roll_back"]
+    rate: float
+
+
+class Fit(NamedTuple):
+    """A least-squares line through the losses of a window."""
+
+    velocity: float  # how much the loss falls in a step: minus the slope
+    error: float  # standard error of the velocity
+    end: float  # loss of the line at the window's last step
+    end_error: float  # its standard error
+
+
+def fit(losses: list[float]) -> Fit:
+    """v = -sum (i - mean i)(l_i - mean l) / sum (i - mean i)^2, with its standard error; at least 3 losses."""
+    n = len(losses)
+    middle, mean = (n - 1) / 2, math.fsum(losses) / n
+    spread = n * (n * n - 1) / 12
+    slope = math.fsum((i - middle) * (loss - mean) for i, loss in enumerate(losses)) / spread
+    residual = math.fsum((loss - mean - slope * (i - middle)) ** 2 for i, loss in enumerate(losses))
+    variance = residual / (n - 2)
+    end, end_variance = mean + slope * middle, variance * (1 / n + middle**2 / spread)
+    return Fit(-slope, math.sqrt(variance / spread), end, math.sqrt(end_variance))
+
+
+@dataclass
+class AdaLRS:
+    """eta <- alpha' eta where v(alpha' eta) > v(eta) + 2e; roll back and beta' eta where it is < v(eta) - 2e.
+
+    alpha' = max(decay^t alpha, 1), beta' = 1 / max(decay^t beta, 1), t trials done. v is `fit`'s velocity over
+    `window` steps: one window at eta, one at alpha' eta, and so on until alpha' is 1. e is the standard error of the
+    difference of both velocities. A trial also counts as worse where its line ends above that of the window before
+    it, by two standard errors too: after a jump the loss falls fast, and is worse all the same.
+
+    `state_dict` is JSON; a controller that loads it goes on exactly. While `holds_snapshot`, the trainer keeps the
+    snapshot, in a checkpoint too. Raises ValueError for options that make no search.
+    """
 
     rate: float
-    snapshot: bool = False
-    roll_back: bool = False
+    window: int
+    alpha: float = 3.0
+    beta: float = 2.0
+    decay: float = 0.9
+    trials: int = 0
+    base: float | None = None  # the rate that a running trial is compared with
+    losses: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)  # the window at `base`
+    last_step: int = -1
 
-
-class AdaLRS:
-    """Feed `observe` every step's loss; the engine is the caller's."""
-
-    def __init__(
-        self, rate: float, *, window: int = 50, up: float = 3.0, down: float = 2.0, decay: float = 0.9, trials: int = 12
-    ) -> None:
-        self.rate, self.window, self.up, self.down, self.decay, self.trials = rate, window, up, down, decay, trials
-        self.done = 0  # trials
-        self.before: tuple[float, float] | None = None  # speed and its error in the window before a trial
-        self.tried = rate
-        self.losses: list[float] = []
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and self.window >= 3 and self.alpha > 1 and self.beta > 1 and 0 < self.decay < 1):
+            raise ValueError(
+                f"AdaLRS: got rate={self.rate}, window={self.window}, alpha={self.alpha}, beta={self.beta},"
+                f" decay={self.decay}; want rate > 0, window >= 3, alpha > 1, beta > 1 and decay between 0 and 1"
+            )
 
     @property
-    def in_trial(self) -> bool:
-        """Whether a snapshot is needed to go back to."""
-        return self.before is not None
+    def holds_snapshot(self) -> bool:
+        """Whether a trial runs, which may ask for its snapshot."""
+        return self.base is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether alpha' has come down to 1: `rate` stays."""
+        return self.base is None and self._up() <= 1
 
     def observe(self, step: int, loss: float) -> Action:
-        """After a step. A loss that is not finite ends a trial at once, and counts for nothing else."""
+        """Take the loss of step `step`, which was taken with `rate`; call it from the end of warm-up on.
+
+        A loss that is not finite ends a trial; elsewhere it is left out, as the engine updated nothing.
+        Raises ValueError for a step that is not after the last one.
+        """
+        if step <= self.last_step:
+            raise ValueError(f"AdaLRS: got the loss of step {step} after that of step {self.last_step}")
+        self.last_step = step
         if not math.isfinite(loss):
-            return self._end_trial(failed=True, improved=False) if self.in_trial else Action(self.rate)
+            return self._settle(worse=True) if self.base is not None else Action("keep", self.rate)
+        if self.finished:
+            return Action("keep", self.rate)
         self.losses.append(loss)
-        if len(self.losses) < self.window or self.done >= self.trials:
-            self.losses = self.losses[-self.window :]
-            return Action(self.tried if self.in_trial else self.rate)
-        speed, error = slope(self.losses)
-        if self.before is None:
-            return self._begin_trial(-speed, error)
-        was, was_error = self.before
-        margin = 2 * max(error, was_error)
-        return self._end_trial(failed=-speed < was - margin, improved=-speed > was + margin)
+        if len(self.losses) < self.window:
+            return Action("keep", self.rate)
+        if self.base is None:
+            self.base, self.rate = self.rate, self.rate * self._up()
+            self.before, self.losses = self.losses, []
+            return Action("try", self.rate)
+        old, new = fit(self.before), fit(self.losses)
+        margin = 2 * math.hypot(old.error, new.error)
+        above = new.end > old.end + 2 * math.hypot(old.end_error, new.end_error)
+        worse = new.velocity < old.velocity - margin or above
+        return self._settle(worse, better=new.velocity > old.velocity + margin)
 
-    def _begin_trial(self, speed: float, error: float) -> Action:
-        factor = max(self.decay**self.done * self.up, 1.0)
-        if factor <= 1.0:
-            self.done = self.trials
-            return Action(self.rate)
-        self.before, self.tried, self.losses = (speed, error), self.rate * factor, []
-        return Action(self.tried, snapshot=True)
+    def _settle(self, worse: bool, better: bool = False) -> Action:
+        """End the trial: its rate, the rate before, or a lower one from the snapshot."""
+        assert self.base is not None
+        if worse:
+            self.rate = self.base / max(self.decay**self.trials * self.beta, 1.0)
+        elif not better:
+            self.rate = self.base
+        self.trials += 1
+        self.base, self.before, self.losses = None, [], []
+        return Action("roll_back" if worse else "keep", self.rate)
 
-    def _end_trial(self, *, failed: bool, improved: bool) -> Action:
-        if improved:
-            self.rate = self.tried
-        elif failed:
-            self.rate /= max(self.decay**self.done * self.down, 1.0)
-        self.done, self.before, self.losses = self.done + 1, None, []
-        self.tried = self.rate
-        return Action(self.rate, roll_back=failed)
+    def _up(self) -> float:
+        return max(self.decay**self.trials * self.alpha, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        names = ("rate", "done", "before", "tried", "losses")
-        return {name: getattr(self, name) for name in names}
+        """Everything, as JSON has it."""
+        return asdict(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        for name, value in state.items():
-            setattr(self, name, tuple(value) if name == "before" and value is not None else value)
-
-
-def slope(values: list[float]) -> tuple[float, float]:
-    """Least-squares slope of equally spaced values, and its standard error."""
-    n = len(values)
-    middle, mean = (n - 1) / 2, sum(values) / n
-    spread = sum((i - middle) ** 2 for i in range(n))
-    found = sum((i - middle) * (value - mean) for i, value in enumerate(values)) / spread
-    left = sum((value - mean - found * (i - middle)) ** 2 for i, value in enumerate(values))
-    return found, math.sqrt(left / max(1, n - 2) / spread)
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "AdaLRS":
+        """The controller that `state_dict` described."""
+        return cls(**state)

@@ -1,168 +1,193 @@
-"""The stages of SAIL-VL2's report as data: what each trains, at which rate, on how much.
+"""The stages of the SAIL-VL2 report (arXiv 2509.14033) as plain data; what it leaves open is marked as ours.
 
-Every value is the report's, with its section, or ours, with the reason. The report counts a batch in samples, we in
-packed streams: a stream of L tokens holds about L / 2,000 of its samples (section 3: 128B tokens of 64M samples in
-basic pre-training, 360B of 180M in multi-task pre-training: 2,000 tokens a sample), so a batch of N samples is
-N * 2,000 / L streams. Source: arXiv 2509.14033, sections 2.1, 3.2 and 4.
+The report counts a batch in samples, a recipe here in streams of packed tokens. The conversion is ours: the report's
+basic stage has 128B tokens in 64M samples, 2000 a sample, so a step has batch x 2000 tokens.
 """
 
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
-T = TypeVar("T")
-TOKENS_A_SAMPLE = 2000
+from training.errors import InputError
+
+TOKENS_PER_SAMPLE = 2000  # 128B / 64M, section 4.2
 
 
-@dataclass(frozen=True)
-class Value(Generic[T]):
-    """A value and where it comes from: a section of the report, or "ours: reason"."""
+class Value(NamedTuple):
+    """A number or word of a stage: `source` is the report's section, or "ours: " and the reason."""
 
-    value: T
+    value: Any
     source: str
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage. `batch` is in samples, `tokens` is the length of the stage as the report has it, in billions."""
-
-    name: str
-    summary: str
-    train: Value[str]
-    lr: Value[float]
-    batch: Value[int]
-    length: Value[int]
-    tokens: Value[float]
-    data: str
-    adalrs: bool = False
-
-
-def report(value: T, section: str) -> Value[T]:
-    """A value of the report."""
-    return Value(value, section)
-
-
-def ours(value: T, reason: str) -> Value[T]:
+def ours(value: Any, reason: str) -> Value:
     """A value that the report leaves open."""
     return Value(value, f"ours: {reason}")
 
 
-ALL = "vision,adapter,language"
-_VIT = "2.1"
-_VIT_LENGTH = ours(8192, "as pre-training has it")
-_VIT_TOKENS = ours(40.0, "a third of the 121B tokens of the three")
-_SFT_RATE = ours(1e-5, "the last rate that the report names for training all parts, of ViT stage III")
-_SFT_BATCH = ours(512, "as ViT stage III, the last stage that trains all parts and names one")
-_THINK_LENGTH = report(20480, "Table 4")
+@dataclass(frozen=True)
+class Stage:
+    """One stage: which parts are trained, how, on what. `batch` in samples, `length` and `tokens` in tokens."""
 
-STAGES = (
-    Stage(
-        "vit-warm-up",
-        "SAIL-ViT I: the adapter learns to speak to the language model",
-        report("adapter", _VIT),
-        report(2e-4, _VIT),
-        report(1920, _VIT),
-        _VIT_LENGTH,
-        _VIT_TOKENS,
-        "8M: 4.9M SAIL-Caption, 3.1M OCR of IDL-WDS; one epoch",
-    ),
-    Stage(
-        "vit-fine-grained",
-        "SAIL-ViT II: encoder and adapter on captions, documents and videos",
-        report("vision,adapter", _VIT),
-        report(2e-5, _VIT),
-        report(512, _VIT),
-        _VIT_LENGTH,
-        _VIT_TOKENS,
-        "that of I, and 6.7M captions, DocStruct, captions of videos",
-    ),
-    Stage(
-        "vit-world-knowledge",
-        "SAIL-ViT III: all parts on captions, OCR, questions, mathematics and text",
-        report(ALL, _VIT),
-        report(1e-5, _VIT),
-        report(512, _VIT),
-        _VIT_LENGTH,
-        _VIT_TOKENS,
-        "36.5M; one epoch",
-    ),
-    Stage(
-        "basic-pretraining",
-        "basic multimodal pre-training: a fresh adapter alone, its rate searched by AdaLRS",
-        report("adapter", "3.2, Table 3"),
-        report(2e-4, "3.2"),
-        report(2048, "3.2"),
-        report(8192, "3.2"),
-        report(128.0, "3.2"),
-        "64M samples, sources balanced",
-        adalrs=True,
-    ),
-    Stage(
-        "multi-task-pretraining",
-        "multi-task pre-training: all parts, half understanding and half instructions",
-        report(ALL, "3.2"),
-        ours(5e-5, "between basic pre-training and the encoder's stage III"),
-        ours(2048, "as basic pre-training"),
-        report(8192, "3.2"),
-        report(360.0, "3.2"),
-        "180M samples, n-grams rebalanced",
-    ),
-    Stage(
-        "sft-1",
-        "basic SFT 1: broad instructions",
-        *(report(ALL, "4.1"), _SFT_RATE, _SFT_BATCH, report(8192, "4.1"), report(42.0, "4.1")),
-        "Infinity-MM stage 2",
-    ),
-    Stage(
-        "sft-2",
-        "basic SFT 2: selected instructions",
-        *(report(ALL, "4.1"), _SFT_RATE, _SFT_BATCH, report(8192, "4.1"), report(40.0, "4.1")),
-        "SAIL-Instruction2",
-    ),
-    Stage(
-        "sft-3",
-        "basic SFT 3: reasoning",
-        *(report(ALL, "4.1"), _SFT_RATE, _SFT_BATCH, report(8192, "4.1"), report(16.0, "4.1")),
-        "LLaVA-CoT, MMPR, Condor",
-    ),
-    Stage(
-        "sft-4",
-        "basic SFT 4: pictures and videos, one to one",
-        *(report(ALL, "4.1"), _SFT_RATE, _SFT_BATCH, report(16384, "4.1"), report(70.0, "4.1")),
-        "pictures and videos 1:1",
-    ),
-    Stage(
-        "long-cot-sft",
-        "LongCoT SFT: thoughts and answers are both learned",
-        *(report(ALL, "4.2"), report(1e-6, "4.2"), report(1024, "4.2"), _THINK_LENGTH, report(0.4, "4.2")),
-        "400K chains of thought; one epoch",
-    ),
-    Stage(
-        "think-fusion-sft",
-        "Think-Fusion SFT: direct answers and thoughts in one model",
-        *(report(ALL, "4.2"), report(1e-6, "4.2"), report(1024, "4.2"), _THINK_LENGTH, report(1.0, "4.2")),
-        "1M: 900K direct answers, 100K thoughts that passed rejection sampling; one epoch",
-    ),
-)
+    train: Value  # parts: vision, adapter, language
+    data: Value
+    lr: Value  # peak
+    batch: Value
+    length: Value
+    tokens: Value  # None: epochs decide
+    epochs: Value
+    schedule: Value
+    adalrs: Value
+    loss_on: Value
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """(field, value), in order."""
+        return ((entry.name, getattr(self, entry.name)) for entry in fields(self))
 
 
-def recipe_fields(stage: Stage) -> dict[str, Any]:
-    """The stage in `training.recipes.Recipe`'s terms; ours: 3% warm-up, cosine, a micro-batch of 8 streams."""
-    length = stage.length.value
-    streams = max(8, round(stage.batch.value * TOKENS_A_SAMPLE / length / 8) * 8)
-    steps = max(1, round(stage.tokens.value * 1e9 / (streams * length)))
-    return {
-        "name": stage.name,
-        "train": stage.train.value,
-        "lr": stage.lr.value,
-        "stream_length": length,
-        "streams": streams,
-        "micro_batches": streams // 8,
-        "steps": steps,
-        "warmup": max(1, round(0.03 * steps)),
-        "adalrs": stage.adalrs,
-        "dtype": "bfloat16",
-        "picture_balance": True,
-        "candidates": 128,
-        "workers": 4,
-        "gradient_checkpointing": True,
+ALL = ("vision", "adapter", "language")
+WHOLE_PASS = ours(1, "the report gives tokens or samples, not passes")
+BY_EPOCH = ours(None, "the report gives passes or samples")
+COSINE = ours("cosine", "as LongCoT SFT has it")
+LENGTH = ours(8192, "as pre-training has it")
+NO_SEARCH = ours(False, "named for basic pre-training alone")
+ANSWERS = ours("answers", "instruction tuning learns what the assistant says")
+
+
+def _vit(train: tuple[str, ...], data: str, lr: float, batch: int, epochs: Value) -> Stage:
+    """A stage of SAIL-ViT, section 4.1."""
+    return Stage(
+        train=Value(train, "4.1"),
+        data=Value(data, "4.1"),
+        lr=Value(lr, "4.1"),
+        batch=Value(batch, "4.1"),
+        length=LENGTH,
+        tokens=BY_EPOCH,
+        epochs=epochs,
+        schedule=COSINE,
+        adalrs=NO_SEARCH,
+        loss_on=Value("answers", "4.1"),
+    )
+
+
+def _sft(data: str, tokens: float, length: int) -> Stage:
+    """A phase of basic SFT, section 4.4."""
+    return Stage(
+        train=Value(ALL, "4.4"),
+        data=Value(data, "4.4"),
+        lr=ours(1e-5, "as the last ViT stage, which trains all parts on instructions too"),
+        batch=ours(512, "as the last ViT stage"),
+        length=Value(length, "4.4"),
+        tokens=Value(tokens, "4.4"),
+        epochs=WHOLE_PASS,
+        schedule=COSINE,
+        adalrs=NO_SEARCH,
+        loss_on=ANSWERS,
+    )
+
+
+def _thinking(data: str, tokens: float, loss_on: str) -> Stage:
+    """A stage of thinking, section 4.4 and Table 4."""
+    return Stage(
+        train=ours(ALL, "as basic SFT"),
+        data=Value(data, "4.4"),
+        lr=Value(1e-6, "4.4"),
+        batch=Value(1024, "4.4"),
+        length=Value(20480, "4.4"),
+        tokens=Value(tokens, "4.4"),
+        epochs=Value(1, "4.4"),
+        schedule=Value("cosine", "4.4"),
+        adalrs=NO_SEARCH,
+        loss_on=Value(loss_on, "4.4"),
+    )
+
+
+STAGES: dict[str, Stage] = {
+    "vit-warm-up": _vit(("adapter",), "8M: 4.9M SAIL-Caption, 3.1M IDL-WDS OCR", 2e-4, 1920, Value(1, "4.1")),
+    "vit-fine-grained": _vit(
+        ("vision", "adapter"), "warm-up's, 6.7M captions, DocStruct, video captions", 2e-5, 512, WHOLE_PASS
+    ),
+    "vit-world-knowledge": _vit(ALL, "36.5M: captions, OCR, QA, math, short QA, text", 1e-5, 512, Value(1, "4.1")),
+    "basic": Stage(
+        train=Value(("adapter",), "4.2"),
+        data=Value("64M samples, balanced over data sets", "4.2"),
+        lr=Value(2e-4, "4.2"),
+        batch=Value(2048, "4.2"),
+        length=Value(8192, "4.2"),
+        tokens=Value(128e9, "4.2"),
+        epochs=WHOLE_PASS,
+        schedule=ours("constant", "AdaLRS compares slopes, which a falling rate would change"),
+        adalrs=Value(True, "4.2"),
+        loss_on=ANSWERS,
+    ),
+    "multi-task": Stage(
+        train=Value(ALL, "4.2"),
+        data=Value("180M samples, half understanding, half instruction, balanced over n-grams", "4.2"),
+        lr=ours(2e-5, "between basic's and SFT's"),
+        batch=ours(2048, "as the basic stage"),
+        length=Value(8192, "4.2"),
+        tokens=Value(360e9, "4.2"),
+        epochs=WHOLE_PASS,
+        schedule=COSINE,
+        adalrs=Value(False, "4.2"),
+        loss_on=ANSWERS,
+    ),
+    "sft-1": _sft("Infinity-MM stage 2", 42e9, 8192),
+    "sft-2": _sft("SAIL-Instruction2", 40e9, 8192),
+    "sft-3": _sft("LLaVA-CoT, MMPR, Condor", 16e9, 8192),
+    "sft-4": _sft("pictures and videos 1:1", 70e9, 16384),
+    "long-cot": _thinking("400K long chains of thought", 0.4e9, "thoughts and answers"),
+    "think-fusion": _thinking("1M: 900K direct, 100K with thoughts", 1e9, "thoughts and answers; direct: answers"),
+}
+
+
+def stage(name: str) -> Stage:
+    """The stage of that name. Raises InputError listing the names."""
+    if name not in STAGES:
+        raise InputError(f"stage: got {name!r}, want one of {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+def streams_per_step(found: Stage) -> int:
+    """Streams of `length` tokens that hold a step's samples: ceil(batch x 2000 / length)."""
+    return math.ceil(found.batch.value * TOKENS_PER_SAMPLE / found.length.value)
+
+
+def recipe_fields(name: str) -> dict[str, Any]:
+    """Stage -> fields of a training recipe: train, lr, schedule, stream_length, batch (streams a step, all ranks),
+    adalrs, and `steps` where the report gives tokens, else `epochs`."""
+    found = stage(name)
+    batch = streams_per_step(found)
+    made = {
+        "train": found.train.value,
+        "lr": found.lr.value,
+        "schedule": found.schedule.value,
+        "stream_length": found.length.value,
+        "batch": batch,
+        "adalrs": found.adalrs.value,
     }
+    if found.tokens.value is None:
+        return made | {"epochs": found.epochs.value}
+    return made | {"steps": round(found.tokens.value / (batch * found.length.value))}
+
+
+def table() -> str:
+    """All stages as Markdown; * marks what is ours."""
+    names = [entry.name for entry in fields(Stage)]
+    rows = [["stage", *names], ["---"] * (len(names) + 1)]
+    rows += [[name, *(_cell(value) for _, value in found.values())] for name, found in STAGES.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(value: Value) -> str:
+    found = value.value
+    if isinstance(found, tuple):
+        text = "all" if found == ALL else ", ".join(found)
+    elif isinstance(found, bool):
+        text = "on" if found else "off"
+    elif found is None:
+        text = "-"
+    else:
+        text = f"{found / 1e9:g}B" if isinstance(found, float) and found > 1e6 else str(found)
+    return text + ("*" if value.source.startswith("ours") else "")
