@@ -22,6 +22,7 @@ class Recipe:
     name: str = _option("train", "run", "name of the stage, in metrics and messages")
     seed: int = _option(0, "run", "of weights and data order")
     steps: int = _option(1000, "run", "optimizer steps")
+    epochs: float = _option(0.0, "run", "passes over the data, in place of --steps; 0: as many steps as said")
     save_every: int = _option(500, "run", "steps between checkpoints")
     keep: int = _option(2, "run", "checkpoints kept; older ones are removed")
     log_every: int = _option(10, "run", "steps between lines where the output is no terminal")
@@ -53,7 +54,9 @@ class Recipe:
     warmup: int = _option(50, "optimizer", "steps of linear warm-up")
     schedule: Schedule = _option("cosine", "optimizer", "learning rate after the warm-up")
     lr_floor: float = _option(0.02, "optimizer", "where the cosine ends, as a share of the peak")
+    vision_lr: float = _option(1.0, "optimizer", "rate of the vision encoder, as a share of all others'")
     adalrs: bool = _option(False, "optimizer", "search the peak learning rate while training (AdaLRS)")
+    adalrs_window: int = _option(50, "optimizer", "steps over which AdaLRS measures how fast the loss falls")
     weight_decay: float = _option(0.01, "optimizer", "AdamW weight decay")
     beta2: float = _option(0.98, "optimizer", "AdamW beta 2 (beta 1 is 0.9)")
     clip: float = _option(1.0, "optimizer", "largest gradient norm")
@@ -83,6 +86,12 @@ class Recipe:
             )
         if not self.parts or (unknown := [part for part in self.parts if part not in PARTS]):
             raise InputError(f"Recipe: train: got {self.train!r}, want one or several of {','.join(PARTS)}: {unknown}")
+        if self.adalrs and self.adalrs_window < 3:
+            raise InputError(f"Recipe: adalrs_window: got {self.adalrs_window}, want at least 3")
+        if self.lora_rank and self.zero_stage == 3:
+            raise InputError(
+                "Recipe: lora_rank: got it with zero_stage 3, want 0 to 2: factors are folded into whole weights"
+            )
         if bool(self.vision) != bool(self.language):
             raise InputError("Recipe: vision, language: got one of them, want both: the parts of one model")
 
@@ -108,12 +117,12 @@ class Recipe:
 
 _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _POSITIVE = (
-    *("steps", "stream_length", "streams", "micro_batches", "candidates", "lr", "clip"),
-    *("save_every", "keep", "log_every", "max_not_finite"),
+    *("steps", "stream_length", "streams", "micro_batches", "candidates", "lr", "clip", "lora_alpha"),
+    *("save_every", "keep", "log_every", "max_not_finite", "vision_lr"),
 )
 _NOT_NEGATIVE = (
     *("warmup", "weight_decay", "balance", "seed", "workers", "max_tiles", "max_bad", "lr_floor"),
-    *("lora_rank", "lora_alpha"),
+    *("lora_rank", "epochs"),
 )
 # what a resumed run may change: nothing that alters the steps still to come
 FREE_ON_RESUME = ("save_every", "keep", "log_every", "workers", "max_bad", "max_not_finite")

@@ -1,19 +1,26 @@
 """Train by a plan: one stage after the other, from random weights, a folder or a checkpoint; then write the model."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from sail_model import SailVL2ForConditionalGeneration
 from training import checkpoint, parallel
 from training.assemble import Parts, freeze, open_samples
 from training.cli import Command
 from training.data.loader import StreamLoader
+from training.data.streams import probe
 from training.engines.deepspeed import DeepSpeedEngine
+from training.lora import LoraOptions, merged, save_adapter, wrap
 from training.metrics import FlopCount, peak_flops
 from training.objectives.supervised import Supervised
+from training.recipes import Recipe
 from training.runlog import RunLog
 from training.trainer import Place, Trainer
+
+ADAPTER = "adapter"
 
 
 def train(command: Command, parts: Parts) -> Path:
@@ -22,7 +29,8 @@ def train(command: Command, parts: Parts) -> Path:
     The model is also written to out/model. Raises `training.interrupt.Interrupted`, after writing a checkpoint, on
     Ctrl-C or SIGTERM, and InputError where data or numbers end the run.
     """
-    plan, out, start = command.plan, command.out, command.start
+    out, start = command.out, command.start
+    plan = tuple(with_steps(recipe, parts) for recipe in command.plan)
     state = {"stage": 0, "total": 0} if start is None else checkpoint.read_state(start)
     ends = [sum(recipe.steps for recipe in plan[: n + 1]) for n in range(len(plan))]
     saved = start
@@ -36,10 +44,20 @@ def train(command: Command, parts: Parts) -> Path:
     return saved
 
 
+def with_steps(recipe: Recipe, parts: Parts) -> Recipe:
+    """The recipe with as many steps as its `epochs` take: their tokens, estimated, over those of a full step."""
+    if not recipe.epochs:
+        return recipe
+    samples = open_samples(recipe, parts.processor)
+    found = probe(samples, seed=recipe.seed, streams=recipe.streams)
+    tokens = recipe.epochs * sum(samples.lengths) * found.tokens / found.records
+    return replace(recipe, steps=max(1, round(tokens / (recipe.streams * recipe.stream_length))))
+
+
 def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> Path:
     """One stage, its engine made and taken apart; the checkpoint of its end."""
     recipe = place.recipe
-    freeze(parts.model, recipe)
+    adapted = prepare(parts.model, recipe)
     flops = FlopCount(parts.model, parts.model.config)
     samples = open_samples(recipe, parts.processor)
     engine = DeepSpeedEngine(Supervised(parts.model), recipe)
@@ -62,7 +80,10 @@ def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> 
         if start is not None:
             trainer.load(start)
         saved = trainer.fit()
-        export(parts, engine.weights(), place.out / checkpoint.MODEL)
+        if adapted is not None:
+            save_adapter(adapted, place.out / ADAPTER)
+            merged(adapted)  # in place
+        export(parts, engine.weights() if adapted is None else None, place.out / checkpoint.MODEL)
         if recipe.zero_stage == 3:  # which leaves every rank with parts of weights
             parts.model = type(parts.model).from_pretrained(place.out / checkpoint.MODEL)
         return saved
@@ -71,7 +92,22 @@ def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> 
         engine.close()
 
 
-def export(parts: Parts, weights: dict[str, Tensor], folder: Path) -> None:
+def prepare(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> nn.Module | None:
+    """Freeze what the recipe does not train; with LoRA, the PEFT model around `model`, whose modules it has replaced."""
+    freeze(model, recipe)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if not recipe.lora_rank:
+        return None
+    text, vision = ("language" in recipe.parts), ("vision" in recipe.parts)
+    options = LoraOptions(recipe.lora_rank, recipe.lora_alpha, 0.0, text, text, text, vision)
+    adapted = wrap(model, options)
+    for parameter in model.mlp1.parameters():  # small and often fresh: trained itself
+        parameter.requires_grad_("adapter" in recipe.parts)
+    return adapted
+
+
+def export(parts: Parts, weights: dict[str, Tensor] | None, folder: Path) -> None:
     """Model and processor in Hugging Face's layout; a folder of that name is replaced once all is written."""
     if parallel.is_first():
         writing = folder.with_name(f".writing-{folder.name}")

@@ -69,7 +69,7 @@ class Trainer:
         self.recipe, self.data, self.flops = place.recipe, data, flops
         self.step = 0
         self.peak = self.recipe.lr
-        self.adalrs = AdaLRS(self.recipe.lr) if self.recipe.adalrs else None
+        self.adalrs = AdaLRS(self.recipe.lr, self.recipe.adalrs_window) if self.recipe.adalrs else None
         self.bad, self.not_finite = BadRecords(self.recipe.max_bad), NotFinite(self.recipe.max_not_finite)
         self.saved: Path | None = None
 
@@ -153,11 +153,13 @@ class Trainer:
 
     def _adjust_rate(self, adalrs: AdaLRS, loss: float) -> None:
         """A trial of another peak starts from a snapshot; where it does worse, weights and optimizer go back to it."""
+        if self.step <= self.recipe.warmup:
+            return
         action = adalrs.observe(self.step, loss)
         snapshot = self.place.out / checkpoint.FOLDER / ADALRS
-        if action.snapshot:
+        if action.kind == "try":
             checkpoint.replace_from_ranks(snapshot, self.engine.save)
-        if action.roll_back:
+        elif action.kind == "roll_back":
             self.engine.load(snapshot)
         if action.rate != self.peak:
             self.log.say(f"step {self._total()}: AdaLRS: peak learning rate {self.peak:.3g} -> {action.rate:.3g}")
@@ -215,7 +217,7 @@ class Trainer:
         if parallel.is_first():
             self.parts.processor.save_pretrained(folder / checkpoint.MODEL)
             self.parts.model.config.save_pretrained(folder / checkpoint.MODEL)
-            if self.adalrs is not None and self.adalrs.in_trial:
+            if self.adalrs is not None and self.adalrs.holds_snapshot:
                 snapshot = self.place.out / checkpoint.FOLDER / ADALRS
                 shutil.copytree(snapshot, folder / ADALRS, copy_function=os.link)
 
@@ -232,8 +234,8 @@ class Trainer:
         self.bad.load_state_dict(state["bad"])
         self.not_finite.load_state_dict(state["not_finite"])
         if self.adalrs is not None:
-            self.adalrs.load_state_dict(state["adalrs"])
-            if self.adalrs.in_trial and parallel.is_first():
+            self.adalrs = AdaLRS.from_state(state["adalrs"])
+            if self.adalrs.holds_snapshot and parallel.is_first():
                 self._keep_snapshot(folder)
         self.step, self.peak, self.saved = state["step"], state["peak"], folder
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from training.records import PictureReader, Record
 
 from benchmarks import report
 from training import checkpoint, demo, results
 from training.errors import InputError
-from training.records import PictureReader, Record
 
 
 def found(blank: bool = False) -> dict[str, Any]:

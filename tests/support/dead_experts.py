@@ -13,12 +13,12 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from tiny_model import lively_model, pixels, prompt, tiny_config
-
-import sail_ops
 from training.device import start_processes, stop_processes
-from training.engines.deepspeed import DeepSpeedEngine
 from training.loss import TrainedModel
 from training.packing import IGNORE, Branch, PackedBatch, Sample, pack
+
+import sail_ops
+from training.engines.deepspeed import DeepSpeedEngine
 from training.recipes import Recipe
 
 EXPERTS, STEPS, BATCHES = 8, 4, 2

@@ -160,7 +160,7 @@ def test_an_encoded_mixture_travels_between_processes(processor: SailVL2Processo
 
     from training.data.easy_vqa import EasyVqa
 
-    data = EncodedMixture(Mixture((EasyVqa("test"),), (1.0,)), processor, capacity=500)
+    data = EncodedMixture(Mixture((EasyVqa("easy_vqa:test"),), (1.0,)), processor, capacity=500)
     again = pickle.loads(pickle.dumps(data))
     assert again.sample(0, 7)[0].ids.tolist() == data.sample(0, 7)[0].ids.tolist()
     (slot,) = data.sample(0, 7)[0].pictures

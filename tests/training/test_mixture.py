@@ -88,7 +88,7 @@ def test_what_is_no_data() -> None:
 
 
 def test_easy_vqa_has_the_published_sizes() -> None:
-    train, test = EasyVqa("train"), EasyVqa("test")
+    train, test = EasyVqa("easy_vqa"), EasyVqa("easy_vqa:test")
     assert (len(train), len(test)) == (4000, 1000)
     counts = [sum(len(source.conversation(n).branches) for n in range(len(source))) for source in (train, test)]
     assert counts == [38575, 9673]

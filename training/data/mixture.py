@@ -69,7 +69,7 @@ class Limited:
 def open_data(name: str) -> Mixture:
     """What `name` means: 'easy_vqa', a mixture's .yaml, a .jsonl, a .tar, or a folder. Raises InputError."""
     if name in NAMES:
-        return Mixture((EasyVqa(NAMES[name]),), (1.0,))
+        return Mixture((EasyVqa(name),), (1.0,))
     path = Path(name)
     if not path.exists():
         raise InputError(f"data: got {name!r}, want {', '.join(NAMES)}, or a file or folder that exists")
@@ -101,7 +101,7 @@ def _open_entry(path: Path, entry: dict[str, Any]) -> Source:
     named = entry.get("path")
     if not isinstance(named, str) or not named:
         raise InputError(f"{path}: a source without a path: {entry}")
-    source: Source = EasyVqa(NAMES[named]) if named in NAMES else open_source(path.parent / named)
+    source: Source = EasyVqa(named) if named in NAMES else open_source(path.parent / named)
     if (limit := entry.get("limit")) is None:
         return source
     if not isinstance(limit, int) or limit < 1:

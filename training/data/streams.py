@@ -5,9 +5,10 @@ are. A stream's state is a few integers and travels with each row: what was read
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -164,21 +165,34 @@ def decoded_row(samples: Sequence[Sample], data: Samples, *, blank: bool = False
     return lay_out(samples, torch.cat(pixels), silenced), faults
 
 
-def balanced(samples: Samples, packing: Packing, *, seed: int, streams: int, records: int = 2048) -> Packing:
-    """`packing` with the tiles of a full row of this data, measured on the first records that the streams draw."""
-    tiles = tokens = image_tokens = 0
+class Probe(NamedTuple):
+    """What the first records that the streams draw hold together."""
+
+    records: int
+    tokens: int
+    tiles: int
+    image_tokens: int
+
+
+def probe(samples: Samples, *, seed: int, streams: int, records: int = 2048) -> Probe:
+    """Of about `records` records; those that cannot be used count as records alone."""
+    found: list[Sample] = []
+    each = -(-records // streams)
     for number in range(streams):
         order = Order(samples.lengths, samples.weights, seed, number, streams)
-        for _ in range(max(1, records // streams)):
-            try:
-                found = samples.sample(*order.next())
-            except BadRecord:
-                continue
-            tiles += sum(sample.tiles for sample in found)
-            image_tokens += sum(picture.tokens for sample in found for picture in sample.pictures)
-            tokens += sum(len(sample) for sample in found)
-    mean = tiles / max(1, tokens) * packing.capacity
-    return replace(packing, tiles=mean, tile_tokens=round(image_tokens / max(1, tiles)))
+        for _ in range(each):
+            with suppress(BadRecord):
+                found += samples.sample(*order.next())
+    pictures = [picture for sample in found for picture in sample.pictures]
+    tiles, image_tokens = (sum(getattr(picture, name) for picture in pictures) for name in ("tiles", "tokens"))
+    return Probe(each * streams, sum(map(len, found)), tiles, image_tokens)
+
+
+def balanced(samples: Samples, packing: Packing, *, seed: int, streams: int) -> Packing:
+    """`packing` with the tiles of a full row of this data."""
+    found = probe(samples, seed=seed, streams=streams)
+    tiles = found.tiles / max(1, found.tokens) * packing.capacity
+    return replace(packing, tiles=tiles, tile_tokens=round(found.image_tokens / max(1, found.tiles)))
 
 
 def _radical_inverse(number: int) -> float:

@@ -15,7 +15,7 @@ from training.engines import fragments
 from training.engines.engine import StepResult
 from training.errors import InputError
 from training.objectives.supervised import balance_losses
-from training.recipes import Recipe
+from training.recipes import PARTS, Recipe
 
 STATE = "engine.json"
 
@@ -39,7 +39,7 @@ class DeepSpeedEngine:
         self.data_rank, self.data_world = parallel.rank(), parallel.world()
         self.dtype = getattr(torch, recipe.dtype)
         self.steps, self._norm = 0, 0.0
-        groups = parameter_groups(objective, recipe.weight_decay)
+        groups = parameter_groups(objective, recipe)
         self._engine, *_ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=deepspeed_config(recipe, self.data_world)
         )
@@ -55,7 +55,7 @@ class DeepSpeedEngine:
         share = self.data_world * len(batches) / max(1.0, labels)
         loss_sum, counts, balances = 0.0, [], []
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
         for number, batch in enumerate(batches, start=1):
             out = self._engine(batch.to(parallel.device(), self.dtype))
             balance_M = balance_losses(out.counts_ME, out.prob_sum_ME, batch.tokens, parallel.data_group())
@@ -124,15 +124,22 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not; frozen parameters are in no group."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not. The vision encoder has a rate of its own; what is frozen is left out."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.dim() > 1, f".{PARTS['vision']}" in f".{name}"), []).append(parameter)
+    if not groups:
         raise InputError("nothing is trained: every parameter of the model is frozen")
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [
+        {
+            "params": parameters,
+            "weight_decay": recipe.weight_decay if is_matrix else 0.0,
+            "lr_share": recipe.vision_lr if is_vision else 1.0,
+        }
+        for (is_matrix, is_vision), parameters in groups.items()
+    ]
 
 
 def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
