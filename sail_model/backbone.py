@@ -120,8 +120,14 @@ class Backbone(nn.Module):
         return cast(nn.Module, self.language_model.embed_tokens)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Tiles [N, 3, image_size, image_size] -> image tokens [N, tokens_per_tile, D]."""
-        return self.mlp1(self.vision_model(pixel_values.to(self.dtype)))
+        """Tiles [N, 3, image_size, image_size] -> image tokens [N, tokens_per_tile, D].
+
+        A frozen encoder is run without autograd: activation checkpointing would keep its blocks' inputs.
+        """
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_model.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            features = self.vision_model(pixel_values.to(self.dtype))
+        return self.mlp1(features)
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Token embeddings [B, L, D], with features [N, tokens_per_tile, D] in the places of image tokens, in order.

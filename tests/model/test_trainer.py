@@ -73,8 +73,29 @@ def test_accumulated_batches_are_one_batch(
     torch.testing.assert_close(torch.tensor(got), want.detach(), check_dtype=False)
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(4, 1), (2, 2), (1, 4)])
+def test_balance_loss_of_accumulated_batches_is_a_mean(
+    batch: int, steps: int, model: SailVL2ForConditionalGeneration, tmp_path: Path
+) -> None:
+    """Over batches, each in the proportion of its labelled tokens, as the cross-entropy is; not their sum."""
+    text = model.config.text_config
+    text.output_router_logits, text.router_aux_loss_coef = True, 0.3
+    data, want = rows(), torch.zeros(())
+    items = sum((row["labels"][1:] != -100).sum() for row in data)
+    for start in range(0, 4, batch):
+        out = model(**collate(data[start : start + batch]), num_items_in_batch=items)
+        labelled = sum((row["labels"][1:] != -100).sum() for row in data[start : start + batch])
+        cross_entropy = model(**collate(data[start : start + batch]), output_router_logits=False).loss
+        want = want + labelled / items * (cross_entropy + 0.3 * out.aux_loss)
+        torch.testing.assert_close(out.loss, labelled / items * (cross_entropy + 0.3 * out.aux_loss))
+    options = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+    got = trainer(model, tmp_path, **options, train_sampling_strategy="sequential").train().training_loss
+    torch.testing.assert_close(torch.tensor(got), want.detach(), check_dtype=False)
+
+
 def test_evaluation_collects_logits_and_labels(model: SailVL2ForConditionalGeneration, tmp_path: Path) -> None:
     """Batches of three and one prompt; routing statistics and image features have no row for each."""
+    model.config.text_config.output_router_logits = True
     out = trainer(model, tmp_path, per_device_eval_batch_size=3).predict(rows())
     last = rows()[-1]
     assert out.predictions.shape == (4, 20 + 4, 300) and out.label_ids.shape == (4, 20 + 4)
