@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import sail_model
 from sail_model import (
     SailVL2Config,
     SailVL2ForConditionalGeneration,
@@ -79,9 +80,10 @@ def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
         model = SailVL2ForConditionalGeneration(SailVL2Config.from_pretrained(folder))
         return Parts(SailVL2Processor.from_pretrained(folder), model)
     if recipe.vision:
-        from sail_model.assemble import assemble as assemble_parts
-
-        model, processor = assemble_parts(vision=Path(recipe.vision), language=Path(recipe.language))
+        try:
+            model, processor = sail_model.assemble(recipe.vision, recipe.language, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise InputError(f"Recipe: vision, language: {error}") from error
         return Parts(processor, model)
     if recipe.model in MODELS:
         processor = build_processor(recipe.model, usable(open_data(recipe.data)))

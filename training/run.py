@@ -93,7 +93,8 @@ def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> 
 
 
 def prepare(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> nn.Module | None:
-    """Freeze what the recipe does not train; with LoRA, the PEFT model around `model`, whose modules it has replaced."""
+    """Freeze what the recipe does not train. With LoRA: the PEFT model around `model`, whose layers it has replaced."""
+    model.train()
     freeze(model, recipe)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
