@@ -84,8 +84,8 @@ class Recipe:
             raise InputError(
                 f"Recipe: streams: got {self.streams}, want a multiple of micro_batches, {self.micro_batches}"
             )
-        if not self.parts or (unknown := [part for part in self.parts if part not in PARTS]):
-            raise InputError(f"Recipe: train: got {self.train!r}, want one or several of {','.join(PARTS)}: {unknown}")
+        if not self.parts or any(part not in PARTS for part in self.parts):
+            raise InputError(f"Recipe: train: got {self.train!r}, want one or several of {','.join(PARTS)}")
         if self.adalrs and self.adalrs_window < 3:
             raise InputError(f"Recipe: adalrs_window: got {self.adalrs_window}, want at least 3")
         if self.lora_rank and self.zero_stage == 3:
@@ -124,8 +124,8 @@ _NOT_NEGATIVE = (
     *("warmup", "weight_decay", "balance", "seed", "workers", "max_tiles", "max_bad", "lr_floor"),
     *("lora_rank", "epochs"),
 )
-# what a resumed run may change: nothing that alters the steps still to come
-FREE_ON_RESUME = ("save_every", "keep", "log_every", "workers", "max_bad", "max_not_finite")
+# what a resumed run may change: nothing that alters the steps still to come; data may have moved, and is compared
+FREE_ON_RESUME = ("save_every", "keep", "log_every", "workers", "max_bad", "max_not_finite", "data", "test")
 
 
 def read_recipe(values: dict[str, Any], owner: str) -> Recipe:
