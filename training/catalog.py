@@ -15,17 +15,17 @@ class Entry(NamedTuple):
 
 def _demo(name: str, data: str, steps: int, warmup: int, **changes: float | str) -> Recipe:
     """A stage of the demo; its encoder keeps what it has learned at 0.3 of the rate (training-demo-vision-rate)."""
-    fields = {"data": data, "steps": steps, "warmup": warmup, "streams": 4, "workers": 1, "vision_lr": 0.3, **changes}
-    return Recipe(name=name, test="easy_vqa:test", **fields)  # type: ignore[arg-type]
+    fields = {"data": data, "steps": steps, "warmup": warmup, "workers": 1, "vision_lr": 0.3, **changes}
+    return Recipe(name=name, test="easy_vqa:test", streams=2, stream_length=640, **fields)  # type: ignore[arg-type]
 
 
 # what each is for, and what did not work: docs/decisions/training-demo.md
 DEMO = (
-    _demo("vision warm-up", "easy_vqa:shapes", 300, 50, vision_lr=1.0),
+    _demo("vision warm-up", "easy_vqa:shapes", 500, 50, vision_lr=1.0),
     _demo("vision", "easy_vqa:shapes-and-colors", 200, 20, vision_lr=1.0),
-    _demo("all", "easy_vqa", 1000, 30),
-    _demo("balanced", "easy_vqa:balanced", 770, 30),
-    _demo("last", "easy_vqa", 150, 20, lr=5e-4),
+    _demo("all", "easy_vqa", 600, 30),
+    _demo("balanced", "easy_vqa:balanced", 550, 30),
+    _demo("last", "easy_vqa", 120, 20, lr=5e-4),
 )
 SFT = Recipe(name="sft", lr=1e-5, steps=1000, stream_length=8192, streams=16, warmup=30)
 

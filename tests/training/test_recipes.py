@@ -260,7 +260,8 @@ def test_only_the_parts_named_are_trained(data: Path) -> None:
 def test_epochs_become_steps() -> None:
     recipe = Recipe(epochs=2.0, streams=4, data="easy_vqa")
     parts = assemble(recipe)
-    tokens = sum(len(sample) for n in range(400) for sample in open_samples(recipe, parts.processor).sample(0, n)) * 10
+    samples = open_samples(recipe, parts.processor)
+    tokens = 10 * sum(len(sample) for number in range(400) for sample in samples.sample(0, number))
     assert with_steps(recipe, parts).steps == pytest.approx(2 * tokens / (4 * 320), rel=0.05)
     assert with_steps(replace(recipe, epochs=0.0, steps=3), parts).steps == 3
 
