@@ -99,14 +99,17 @@ def file_name(rank: int, world: int) -> str:
 
 
 def write(folder: Path, fragments: Fragments, rank: int, world: int) -> None:
-    """This rank's file."""
+    """This rank's file. Raises OSError where it cannot be written."""
     tensors, starts = {RANDOM: torch.get_rng_state()}, {}
     for fragment in fragments:
         for kind, values in fragment.values.items():
             key = f"{kind}/{fragment.name}"
             tensors[key] = values.detach().to(parallel.HOST, torch.float32, copy=True).contiguous()
             starts[key] = fragment.start
-    save_file(tensors, folder / file_name(rank, world), metadata={"starts": json.dumps(starts)})
+    try:
+        save_file(tensors, folder / file_name(rank, world), metadata={"starts": json.dumps(starts)})
+    except SafetensorError as error:  # no OSError, though what fails is the disk
+        raise OSError(f"{file_name(rank, world)}: {error}") from error
 
 
 def of(engine: Any, model: nn.Module, stage: int) -> Fragments:
@@ -233,9 +236,15 @@ class _Sharded(_Base):
                     yield Fragment(name, 0, {WEIGHT: found})
 
     def load(self, stored: Stored, steps: int) -> None:
+        self.optimizer.checkpoint_event_prologue()  # small parameters stay gathered between steps: let go of them
         if steps:
             for flat in self.optimizer.fp32_partitioned_groups_flat:
                 _make_state(self.optimizer.optimizer.state[flat], flat, steps)
+        with torch.no_grad():
+            self._copy(stored)
+        self.optimizer.checkpoint_event_epilogue()
+
+    def _copy(self, stored: Stored) -> None:
         for name, parameter in self.named.items():
             start, size = self._range(parameter)
             if size:
