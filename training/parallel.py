@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from training.errors import InputError
 
+HOST = torch.device("cpu")  # where checkpoints, exports and offloaded state are
 # a rank that died leaves the others waiting; they give up after this many seconds
 TIMEOUT_VARIABLE, TIMEOUT = "SAIL_TRAINING_TIMEOUT", 600.0
 
@@ -97,7 +98,7 @@ def kind() -> Kind:
 def device() -> torch.device:
     """The device of this process."""
     name = kind().name
-    return torch.device(name) if name == "cpu" else torch.device(name, int(os.environ["LOCAL_RANK"]))
+    return HOST if name == HOST.type else torch.device(name, int(os.environ["LOCAL_RANK"]))
 
 
 def data_group() -> dist.ProcessGroup | None:

@@ -59,13 +59,16 @@ class DeepSpeedEngine:
         for number, batch in enumerate(batches, start=1):
             out = self._engine(batch.to(parallel.device(), self.dtype))
             balance_M = balance_losses(out.counts_ME, out.prob_sum_ME, batch.tokens, parallel.data_group())
-            self._engine.backward(out.loss_sum * share + self.recipe.balance * _mean(balance_M))
+            # 0 x loss is NaN where the loss is not finite: then its gradient is too, and no rank makes the step
+            self._engine.backward(
+                out.loss_sum * (share + 0.0 * out.loss_sum.detach()) + self.recipe.balance * _mean(balance_M)
+            )
             if number == len(batches) and not self.recipe.zero_stage:
                 self._norm = self._checked_norm()
             self._engine.step()
             loss_sum += float(out.loss_sum.detach())
-            counts.append(out.counts_ME.detach().cpu())
-            balances.append(balance_M.detach().cpu())
+            counts.append(out.counts_ME.detach().to(parallel.HOST))
+            balances.append(balance_M.detach().to(parallel.HOST))
         return self._result(loss_sum, int(labels), torch.stack(counts).sum(0), torch.stack(balances).mean(0))
 
     def _result(self, loss_sum: float, labels: int, counts_ME: Tensor, balance_M: Tensor) -> StepResult:
@@ -97,12 +100,13 @@ class DeepSpeedEngine:
         """What `save` wrote, by any number of ranks under any stage. Raises InputError where it is damaged."""
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            stored = fragments.Stored(folder, state["world"])
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--resume: {folder}: damaged, or no checkpoint of an engine: {error}") from error
-        self.steps = state["steps"]
-        self._fragments().load(stored, self.steps)
+            stored, steps = fragments.Stored(folder, state["world"]), state["steps"]
+            stored.check(dict(self.objective.get_submodule("model").named_parameters()), bool(steps))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--resume: {folder}: damaged, or no checkpoint of this model: {error}") from error
+        self._fragments().load(stored, steps)
         stored.restore_random_state(parallel.rank())
+        self.steps = steps
 
     def _fragments(self) -> fragments.Fragments:
         return fragments.of(self._engine, self.objective.get_submodule("model"), self.recipe.zero_stage)
@@ -116,7 +120,7 @@ class DeepSpeedEngine:
         for name, value in self.objective.get_submodule("model").state_dict(keep_vars=True).items():
             with deepspeed.zero.GatheredParameters([value], enabled=self.recipe.zero_stage == 3):
                 if parallel.is_first():
-                    found[name] = copies.setdefault(id(value), value.detach().to("cpu", copy=True))
+                    found[name] = copies.setdefault(id(value), value.detach().to(parallel.HOST, copy=True))
         return found
 
     def close(self) -> None:
@@ -146,7 +150,10 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
     """The recipe in DeepSpeed's terms."""
     zero: dict[str, Any] = {"stage": recipe.zero_stage, "overlap_comm": False, "contiguous_gradients": True}
     if recipe.zero_stage >= 2 and recipe.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": parallel.kind().name != "cpu"}
+        zero["offload_optimizer"] = {
+            "device": parallel.HOST.type,
+            "pin_memory": parallel.device() != parallel.HOST,
+        }
     adam = {"lr": recipe.lr, "betas": [0.9, recipe.beta2], "weight_decay": recipe.weight_decay}
     return {
         "train_micro_batch_size_per_gpu": max(1, recipe.streams // (world * recipe.micro_batches)),

@@ -7,7 +7,7 @@ fragments cover. So a checkpoint needs no communication and no pickle, and fits 
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from training import parallel
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 RANDOM = "random state"
@@ -44,6 +46,23 @@ class Stored:
             for key, start in starts.items():
                 size = file.get_slice(key).get_shape()[0]
                 self._where.setdefault(key, []).append((start, start + size, rank))
+
+    def check(self, named: Mapping[str, nn.Parameter], moments: bool) -> None:
+        """Raises ValueError unless each element of these parameters, and of no others, is stored once."""
+        wanted = {
+            f"{kind}/{name}": getattr(parameter, "ds_numel", parameter.numel())
+            for name, parameter in named.items()
+            for kind in (WEIGHT, *(MOMENTS if moments and parameter.requires_grad else ()))
+        }
+        for key in wanted.keys() | self._where.keys():
+            end = 0
+            for first, last, _ in sorted(self._where.get(key, [])):
+                end = last if first == end else -1
+            if end != wanted.get(key):
+                raise ValueError(f"{key}: {wanted.get(key, 'none')} elements wanted, stored are {self._spans(key)}")
+
+    def _spans(self, key: str) -> str:
+        return ", ".join(f"[{first}, {last})" for first, last, _ in sorted(self._where.get(key, []))) or "none"
 
     def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
         """Elements [start, start + size). Raises ValueError where they are not all there."""
@@ -80,14 +99,17 @@ def file_name(rank: int, world: int) -> str:
 
 
 def write(folder: Path, fragments: Fragments, rank: int, world: int) -> None:
-    """This rank's file."""
+    """This rank's file. Raises OSError where it cannot be written."""
     tensors, starts = {RANDOM: torch.get_rng_state()}, {}
     for fragment in fragments:
         for kind, values in fragment.values.items():
             key = f"{kind}/{fragment.name}"
-            tensors[key] = values.detach().to("cpu", torch.float32, copy=True).contiguous()
+            tensors[key] = values.detach().to(parallel.HOST, torch.float32, copy=True).contiguous()
             starts[key] = fragment.start
-    save_file(tensors, folder / file_name(rank, world), metadata={"starts": json.dumps(starts)})
+    try:
+        save_file(tensors, folder / file_name(rank, world), metadata={"starts": json.dumps(starts)})
+    except SafetensorError as error:  # no OSError, though what fails is the disk
+        raise OSError(f"{file_name(rank, world)}: {error}") from error
 
 
 def of(engine: Any, model: nn.Module, stage: int) -> Fragments:
@@ -214,9 +236,15 @@ class _Sharded(_Base):
                     yield Fragment(name, 0, {WEIGHT: found})
 
     def load(self, stored: Stored, steps: int) -> None:
+        self.optimizer.checkpoint_event_prologue()  # small parameters stay gathered between steps: let go of them
         if steps:
             for flat in self.optimizer.fp32_partitioned_groups_flat:
                 _make_state(self.optimizer.optimizer.state[flat], flat, steps)
+        with torch.no_grad():
+            self._copy(stored)
+        self.optimizer.checkpoint_event_epilogue()
+
+    def _copy(self, stored: Stored) -> None:
         for name, parameter in self.named.items():
             start, size = self._range(parameter)
             if size:

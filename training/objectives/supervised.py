@@ -33,11 +33,14 @@ class Supervised(nn.Module):
 
     def forward(self, batch: Batch) -> Objective:
         """sum over labels of -log softmax(logits of the position before)[label]; padding is in no statistic."""
-        unseen = None if len(batch.pixels) else self._unseen_tile(batch)
         hidden_ND, targets_N, counts_ME, prob_sum_ME = labeled_states(self.model, batch)
         head_VD = cast(Tensor, self.model.language_model.lm_head.weight)
         loss = sail_ops.linear_cross_entropy(hidden_ND, head_VD, targets_N, reduction="sum")
-        return Objective(loss if unseen is None else loss + unseen, counts_ME, prob_sum_ME)
+        if not len(batch.pixels):
+            # to both: where the decoder is frozen, ranks with pictures reduce the balance loss in their backward
+            nothing = self._unseen_tile(batch)
+            loss, prob_sum_ME = loss + nothing, prob_sum_ME + nothing
+        return Objective(loss, counts_ME, prob_sum_ME)
 
     def _unseen_tile(self, batch: Batch) -> Tensor:
         """0, of a blank tile that no token shows: without pictures on a rank, its encoder's gradients must be zeros.
