@@ -104,7 +104,8 @@ class DeepSpeedEngine:
             stored.check(dict(self.objective.get_submodule("model").named_parameters()), bool(steps))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--resume: {folder}: damaged, or no checkpoint of this model: {error}") from error
-        self._fragments().load(stored, steps)
+        with torch.no_grad():
+            self._fragments().load(stored, steps)
         stored.restore_random_state(parallel.rank())
         self.steps = steps
 
