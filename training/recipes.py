@@ -80,6 +80,8 @@ class Recipe:
             raise InputError(f"Recipe: zero_stage: got {self.zero_stage}, want 0, 1, 2 or 3")
         if self.zero_stage == 0 and self.dtype != "float32":
             raise InputError("Recipe: zero_stage: got 0 with bfloat16, want 1 to 3, which keep float32 master weights")
+        if self.optimizer == "deepspeed_cpu_adam" and not (self.offload and self.zero_stage >= 2):
+            raise InputError("Recipe: optimizer: got 'deepspeed_cpu_adam', want it with offload and zero_stage 2 or 3")
         if self.streams % self.micro_batches:
             raise InputError(
                 f"Recipe: streams: got {self.streams}, want a multiple of micro_batches, {self.micro_batches}"

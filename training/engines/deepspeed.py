@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from training import parallel
 from training.data.batch import Batch
 from training.engines import fragments
 from training.engines.engine import StepResult
+from training.engines.ordered import InOrder
 from training.errors import InputError
 from training.objectives.supervised import balance_losses
 from training.recipes import PARTS, Recipe
@@ -43,7 +44,9 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=deepspeed_config(recipe, self.data_world)
         )
-        if recipe.zero_stage == 3:
+        if recipe.zero_stage == 2:
+            InOrder(self._engine.optimizer)
+        elif recipe.zero_stage == 3:
             # read by the loss, outside of its own module's forward
             head = objective.get_submodule("model.language_model.lm_head")
             deepspeed.zero.register_external_parameter(objective, head.weight)
@@ -64,7 +67,7 @@ class DeepSpeedEngine:
                 out.loss_sum * (share + 0.0 * out.loss_sum.detach()) + self.recipe.balance * _mean(balance_M)
             )
             if number == len(batches) and not self.recipe.zero_stage:
-                self._norm = self._checked_norm()
+                self._norm = self._clip()
             self._engine.step()
             loss_sum += float(out.loss_sum.detach())
             counts.append(out.counts_ME.detach().to(parallel.HOST))
@@ -74,19 +77,24 @@ class DeepSpeedEngine:
     def _result(self, loss_sum: float, labels: int, counts_ME: Tensor, balance_M: Tensor) -> StepResult:
         total, *counts = parallel.sum_over_ranks([loss_sum, *counts_ME.double().flatten().tolist()])
         norm = float(self._engine.get_global_grad_norm() if self.recipe.zero_stage else self._norm)
-        finite = math.isfinite(norm) and math.isfinite(total) and not getattr(self._engine.optimizer, "overflow", False)
+        if getattr(self._engine.optimizer, "overflow", False):
+            norm = math.nan  # ZeRO 3 keeps the one of the step before
+        finite = math.isfinite(norm)
         self.steps += finite
         summed = torch.tensor(counts, dtype=torch.float64).view(counts_ME.shape)
         return StepResult(total / max(1, labels), labels, balance_M.tolist(), summed, norm, finite)
 
-    def _checked_norm(self) -> float:
-        """Without ZeRO nothing looks at it: gradients that are not finite go, and AdamW leaves their weights alone."""
-        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            for parameter in self.objective.parameters():
+    def _clip(self) -> float:
+        """The gradients' norm. Without ZeRO nothing looks at it: gradients that are not finite go, and AdamW leaves
+        weights without one alone; DeepSpeed's own clipping asks for at least one."""
+        trained = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(cast(Tensor, parameter.grad) for parameter in trained)
+        if math.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(trained, self.recipe.clip, norm)
+        else:
+            for parameter in trained:
                 parameter.grad = None
-        return norm
+        return float(norm)
 
     def save(self, folder: Path) -> None:
         """This rank's fragments of weights and optimizer state as safetensors, and what they are fragments of."""
@@ -104,7 +112,8 @@ class DeepSpeedEngine:
             stored.check(dict(self.objective.get_submodule("model").named_parameters()), bool(steps))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--resume: {folder}: damaged, or no checkpoint of this model: {error}") from error
-        self._fragments().load(stored, steps)
+        with torch.no_grad():
+            self._fragments().load(stored, steps)
         stored.restore_random_state(parallel.rank())
         self.steps = steps
 
@@ -158,7 +167,7 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": max(1, recipe.streams // (world * recipe.micro_batches)),
         "gradient_accumulation_steps": recipe.micro_batches,
-        "gradient_clipping": recipe.clip,
+        "gradient_clipping": recipe.clip if recipe.zero_stage else 0.0,
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": recipe.optimizer == "adamw"}},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

@@ -154,8 +154,7 @@ class _Whole(_Base):
         for name, parameter in self.named.items():
             _fill(parameter.data, stored, WEIGHT, name)
             if parameter.requires_grad and steps:
-                state = self.optimizer.state[parameter]
-                _make_state(state, parameter, steps)
+                state = make_state(self.optimizer, parameter, steps)
                 for key in MOMENTS:
                     _fill(state[key], stored, key, name)
 
@@ -183,7 +182,7 @@ class _Partitioned(_Base):
             _fill(parameter.data, stored, WEIGHT, name)
         if steps:
             for flat in self.optimizer.single_partition_of_fp32_groups:
-                _make_state(self.optimizer.optimizer.state[flat], flat, steps)
+                make_state(self.optimizer.optimizer, flat, steps)
         for fragment in self:
             if self.named[fragment.name].requires_grad:
                 for key, values in fragment.values.items():
@@ -239,9 +238,8 @@ class _Sharded(_Base):
         self.optimizer.checkpoint_event_prologue()  # small parameters stay gathered between steps: let go of them
         if steps:
             for flat in self.optimizer.fp32_partitioned_groups_flat:
-                _make_state(self.optimizer.optimizer.state[flat], flat, steps)
-        with torch.no_grad():
-            self._copy(stored)
+                make_state(self.optimizer.optimizer, flat, steps)
+        self._copy(stored)
         self.optimizer.checkpoint_event_epilogue()
 
     def _copy(self, stored: Stored) -> None:
@@ -260,9 +258,14 @@ def _fill(target: Tensor, stored: Stored, kind: str, name: str) -> None:
     target.copy_(stored.read(kind, name, 0, target.numel()).view_as(target))
 
 
-def _make_state(state: dict[str, Any], parameter: Tensor, steps: int) -> None:
-    """Adam's state as its first step would make it, `steps` steps later."""
+def make_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> dict[str, Any]:
+    """Adam's state of `parameter` as its first step would make it, `steps` steps later.
+
+    torch's AdamW counts steps in a tensor, DeepSpeed's CPU Adam in an int that it hands to compiled code.
+    """
+    state: dict[str, Any] = optimizer.state[parameter]
     for key in MOMENTS:
         if key not in state:
             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    state["step"] = torch.tensor(float(steps))
+    state["step"] = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW) else steps
+    return state

@@ -36,19 +36,7 @@ class Supervised(nn.Module):
         hidden_ND, targets_N, counts_ME, prob_sum_ME = labeled_states(self.model, batch)
         head_VD = cast(Tensor, self.model.language_model.lm_head.weight)
         loss = sail_ops.linear_cross_entropy(hidden_ND, head_VD, targets_N, reduction="sum")
-        if not len(batch.pixels):
-            # to both: where the decoder is frozen, ranks with pictures reduce the balance loss in their backward
-            nothing = self._unseen_tile(batch)
-            loss, prob_sum_ME = loss + nothing, prob_sum_ME + nothing
         return Objective(loss, counts_ME, prob_sum_ME)
-
-    def _unseen_tile(self, batch: Batch) -> Tensor:
-        """0, of a blank tile that no token shows: without pictures on a rank, its encoder's gradients must be zeros.
-
-        Under ZeRO a parameter that one rank skips gets a silently wrong gradient, or none ever arrives.
-        """
-        blank = batch.pixels.new_zeros(1, *batch.pixels.shape[1:])
-        return 0.0 * self.model.get_image_features(blank).float().sum()
 
 
 def labeled_logits(model: SailVL2ForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -60,8 +48,7 @@ def labeled_logits(model: SailVL2ForConditionalGeneration, batch: Batch) -> tupl
 def labeled_states(model: SailVL2ForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(final hidden states [N, D] before labeled positions, targets [N], counts [M, E], probability sums [M, E])."""
     out = model.model(
-        input_ids=batch.input_ids_BL,
-        pixel_values=batch.pixels if len(batch.pixels) else None,
+        **_inputs(model, batch),
         position_ids=batch.position_ids_BL,
         pack=batch.attention,
         token_mask=batch.token_mask(),
@@ -71,6 +58,21 @@ def labeled_states(model: SailVL2ForConditionalGeneration, batch: Batch) -> tupl
     nothing = torch.zeros(0, 0, device=labeled.device)
     statistics = (nothing, nothing) if out.counts_ME is None else (out.counts_ME, out.prob_sum_ME)
     return out.last_hidden_state[:, :-1][labeled], targets_BL[labeled], *statistics
+
+
+def _inputs(model: SailVL2ForConditionalGeneration, batch: Batch) -> dict[str, Tensor]:
+    """Ids and pixels. Without pictures, embeddings to which a blank tile adds 0.
+
+    So every rank runs and differentiates the same modules, whatever its batch shows: under ZeRO a parameter that one
+    rank skips gets a silently wrong gradient, and a collective that one rank leaves out of its backward hangs the rest.
+    """
+    if len(batch.pixels):
+        return {"input_ids": batch.input_ids_BL, "pixel_values": batch.pixels}
+    if not torch.is_grad_enabled():
+        return {"input_ids": batch.input_ids_BL}
+    blank = batch.pixels.new_zeros(1, *batch.pixels.shape[1:])
+    nothing = 0.0 * model.get_image_features(blank).float().sum()
+    return {"inputs_embeds": model.model.embed(batch.input_ids_BL, None) + nothing}
 
 
 def balance_losses(counts_ME: Tensor, prob_sum_ME: Tensor, num_tokens: int, group: dist.ProcessGroup | None) -> Tensor:
