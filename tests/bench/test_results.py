@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from training.records import PictureReader, Record
 
 from benchmarks import report
 from training import checkpoint, demo, results
+from training.data.formats import conversation_of
 from training.errors import InputError
 
 
 def found(blank: bool = False) -> dict[str, Any]:
-    return {"device": "cpu-a-brand-avx2-2t", "recipe": {"blank_pictures": blank}, "exact_match": {}}
+    return {"device": "cpu-a-brand-avx2-2t", "recipe": [{"blank_pictures": blank}], "exact_match": {}}
 
 
 def test_a_crash_leaves_the_results_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +75,15 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.
     assert results.commit() == {"id": clean["id"], "dirty": True}
 
 
-@pytest.mark.filterwarnings("ignore:skipped corrupt picture")
 def test_the_answer_shown_is_about_a_picture_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "answer_from_disk", lambda folder, picture, question: f"{picture.name} {question}")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
-    reader = PictureReader(lambda picture: torch.zeros(3, 2, 2))
-    missing, good = (Record(tmp_path / name, (("what?", "this"),)) for name in ("missing.png", "good.png"))
-    assert "good.png what?   (right answer: this)" in demo.one_answer(tmp_path, reader, [missing, good])
-    assert "no held-out picture can be read" in demo.one_answer(tmp_path, reader, [missing])
+    monkeypatch.setattr(demo, "answer_from_disk", lambda folder, picture, question: f"{picture.size} {question}")
+    records = [
+        conversation_of({"picture": name, "questions": [[f"of {name}?", "this"]]}, tmp_path, name)
+        for name in ("missing.png", "cut.png", "good.png")
+    ]
+    assert (
+        demo.one_answer(tmp_path, records) == "good.png\n  of good.png?  ->  (8, 8) of good.png?   (right answer: this)"
+    )
+    assert demo.one_answer(tmp_path, records[:2]) == "no held-out picture can be read: no question to answer"
