@@ -89,6 +89,22 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether a collective failed because another process has ended, or has not answered within the time-out."""
+    # gloo raises a plain RuntimeError, whose text begins with a file of its own
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def reports_first() -> bool:
+    """Whether no process of this run has said yet why it ends: what others say after that are only consequences."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"  # nothing was done that could fail on one process alone
+    try:
+        return dist.distributed_c10d._get_default_store().add("reported", 1) == 1
+    except RuntimeError:  # the store has ended with its process
+        return True
+
+
 def kind() -> Kind:
     """What this process computes on."""
     return _chosen or choose()
