@@ -171,7 +171,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _lost(error: RuntimeError) -> str:
-    reason = str(error).splitlines()[0]
+    reason = str(error).splitlines()[0].split(". ")[0]  # gloo adds advice
     return (
         f"process {os.environ.get('RANK', '0')}: another process of this run has ended or does not answer ({reason});"
         f" --resume goes on from the last checkpoint"

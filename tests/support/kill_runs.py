@@ -58,6 +58,7 @@ class Start:
     def __init__(self, plan: Path, out: Path) -> None:
         self.out, self.writing = out, out / checkpoint.FOLDER
         self.found = checkpoint.latest(self.writing)
+        self.begins = 0 if self.found is None else checkpoint.read_state(self.found)["total"]
         chosen = ["--config", plan, "--out", out] if self.found is None else ["--resume", out]
         self.lines, self.mark = self._lines(), uuid.uuid4().hex
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -79,11 +80,8 @@ class Start:
             return True
         if moment.when == "save":
             return any(self.writing.glob(".writing-step-*"))
-        if not self.alive("rank 0"):
-            return False
         # a start from a checkpoint first drops the lines behind it
-        begins = 0 if self.found is None else checkpoint.read_state(self.found)["total"]
-        return begins + moment.steps <= self._lines() != self.lines
+        return self.begins + moment.steps <= self._lines() != self.lines
 
     def alive(self, victim: str = "") -> list[psutil.Process]:
         """The processes of this start, or those that `victim` means."""
