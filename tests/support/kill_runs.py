@@ -28,7 +28,9 @@ from training.metrics import read_lines
 MARK = "SAIL_KILL_RUN"  # in the environment of every process of a start
 VICTIMS = ("rank 0", "rank 1", "loader worker", "torchrun")
 LIMIT = 300.0  # seconds that a start may take on a busy machine
-ENDING = 90.0  # seconds that the others may take to end: torchrun waits 30, a loader worker looks for its parent every 5
+ENDING = (
+    90.0  # seconds that the others may take to end: torchrun waits 30, a loader worker looks for its parent every 5
+)
 MESSAGES = ("another process of this run", "a worker process died", "stopped by SIGHUP", "stopped by SIGTERM")
 
 
@@ -147,6 +149,7 @@ def wait_until(reached: Callable[[], object], limit: float, start: Start) -> Non
 
 def kill(start: Start, moment: Moment, chance: random.Random) -> dict[str, Any]:
     """Wait for the moment, kill; what then happened. "completed" where the run ended before its moment came."""
+
     def come() -> bool:
         return start.process.poll() is not None or start.reached(moment)
 

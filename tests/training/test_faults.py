@@ -2,10 +2,11 @@
 
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from memory_samples import MemorySamples
@@ -161,7 +162,9 @@ def test_a_full_disk_delays_lines_of_metrics_and_ends_tensorboard_alone(
 # ---- a loss or gradient that is not finite
 def test_not_finite_steps_are_counted_and_end_the_run_after_some_in_a_row(tmp_path: Path) -> None:
     with tiny_trainer(tmp_path, engine := OneWeight({2, 5, 6, 7}), max_not_finite=3) as trainer:
-        with pytest.raises(InputError, match="3 steps in a row had a loss or gradient.*go on with: --resume .*-00000007"):
+        with pytest.raises(
+            InputError, match="3 steps in a row had a loss or gradient.*go on with: --resume .*-00000007"
+        ):
             trainer.fit()
     assert [line["skipped_steps"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 2, 3, 4]
     newest = checkpoint.latest(tmp_path / "checkpoints")
@@ -197,13 +200,15 @@ def test_bad_records_are_skipped_counted_and_shown(tmp_path: Path, capsys: pytes
     for message in ("0: line 3: is bad", "1: line 2: is bad", "0: line 4: CorruptImageError: no picture"):
         assert f"skipped {message}" in printed
     counted = [line["skipped_records"] for line in read_lines(tmp_path / "metrics.jsonl")]
-    assert counted == sorted(counted) and counted[-1] == trainer.bad.bad == printed.count("skipped ") - 0
+    assert counted == sorted(counted) and counted[-1] == trainer.bad.bad == printed.count("skipped ")
     assert trainer.bad.read > 64
 
 
 def test_more_bad_records_than_allowed_end_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     with tiny_trainer(tmp_path, OneWeight(), samples=BAD, max_bad=0.01, steps=100) as trainer:
-        with pytest.raises(InputError, match=r"data: 2 of \d+ records .*more than --max-bad 0.01.*go on with: --resume"):
+        with pytest.raises(
+            InputError, match=r"data: 2 of \d+ records .*more than --max-bad 0.01.*go on with: --resume"
+        ):
             trainer.fit()
     stopped = trainer.step
     newest = checkpoint.latest(tmp_path / "checkpoints")
@@ -249,22 +254,22 @@ def test_data_that_ends_ends_the_run_with_a_checkpoint_of_the_last_step(tmp_path
             return read()
 
         trainer.loader.next = broken  # type: ignore[method-assign]
-        with pytest.raises(InputError, match="process 0: data: no record can be used; go on with: --resume .*-00000004"):
+        with pytest.raises(
+            InputError, match="process 0: data: no record can be used; go on with: --resume .*-00000004"
+        ):
             trainer.fit()
     with tiny_trainer(tmp_path, OneWeight(), start=trainer.saved) as trainer:
         trainer.fit()
     assert curve(tmp_path) == whole(tmp_path / "whole")
 
 
-def test_a_killed_loader_worker_ends_the_run_with_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_loader_worker_ends_the_run_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds; torch's own is 5
     deadly = MemorySamples(killer=(0, 7))
     with tiny_trainer(tmp_path, OneWeight(), samples=deadly, workers=1, steps=100) as trainer:
         with pytest.raises(InputError, match="process 0: data: a worker process died.*go on with: --resume"):
             trainer.fit()
-    with tiny_trainer(tmp_path, OneWeight(), start=trainer.saved, steps=trainer.step + 2) as again:
+    with tiny_trainer(tmp_path, OneWeight(), start=trainer.saved, steps=trainer.step + 2) as again:  # without workers
         again.fit()
     assert curve(tmp_path) == whole(tmp_path / "whole", steps=trainer.step + 2)
 
@@ -290,6 +295,20 @@ def test_a_lost_process_is_one_message_and_what_follows_is_none(
     assert code == os.EX_TEMPFAIL and said.startswith("error: process 0: another process of this run has ended or does")
     assert "--resume goes on from the last checkpoint" in said and said.count("\n") == 1
     assert run_cli(InputError("something"), monkeypatch, capsys) == (2, "")
+    monkeypatch.setattr(parallel, "_reported", False)  # another process, which asks the store
+    assert run_cli(InputError("something"), monkeypatch, capsys) == (2, "")
+
+
+def test_a_process_lost_in_a_step_is_reported_while_signals_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handlers = []
+    monkeypatch.setattr("training.faults.report_end", lambda text: handlers.append(signal.getsignal(signal.SIGTERM)))
+    with tiny_trainer(tmp_path, engine := OneWeight()) as trainer:
+        engine.train_step = Mock(side_effect=GLOO)  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="Connection closed"):
+            trainer.fit()
+    assert len(handlers) == 1 and handlers[0] is not signal.getsignal(signal.SIGTERM)
 
 
 def test_other_errors_are_not_taken_for_a_lost_process(

@@ -109,7 +109,7 @@ class StreamLoader:
                     raise found
                 drawn.update(found)
         except (RuntimeError, OSError, EOFError) as error:
-            if not _is_of_dead_worker(error):
+            if not (self.workers and _is_of_dead_worker(error)):
                 raise
             raise WorkerDied(
                 f"data: a worker process died ({error}); --resume goes on from the last checkpoint"
