@@ -77,8 +77,9 @@ def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
     torch.manual_seed(recipe.seed)
     if start is not None:
         folder = start / checkpoint.MODEL
-        model = SailVL2ForConditionalGeneration(SailVL2Config.from_pretrained(folder))
-        return Parts(SailVL2Processor.from_pretrained(folder), model)
+        with checkpoint.reading(start):
+            model = SailVL2ForConditionalGeneration(SailVL2Config.from_pretrained(folder))
+            return Parts(SailVL2Processor.from_pretrained(folder), model)
     if recipe.vision:
         try:
             model, processor = sail_model.assemble(recipe.vision, recipe.language, dtype=torch.float32)

@@ -1,19 +1,24 @@
 """Checkpoints that are either whole or not there: written aside, flushed to disk, renamed; `latest` moves last.
 
-A crash at any moment leaves the previous checkpoint and its `latest` pointer as they were.
+A crash at any moment leaves the previous checkpoint and its `latest` pointer as they were, and one run at a time
+writes in a folder.
 Layout: <root>/step-00000100/{trainer.json, model/, engine/, rng-0.pt, ...} and <root>/latest holding "step-00000100".
 model/ is what gives the weights' numbers their meaning: config, tokenizer and image processor. A resumed run takes them
 from there, and refuses data that is not what the checkpoint was trained on.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from training import parallel
 from training.errors import InputError
@@ -22,7 +27,10 @@ FOLDER = "checkpoints"
 LATEST = "latest"
 TRAINER = "trainer.json"
 MODEL = "model"
+LOCK = ".lock"
+WRITING = ".writing-"
 PACKAGES = ("torch", "transformers", "deepspeed", "sail-ops")
+KEYS = {"stage", "step", "total", "plan", "feed", "bad", "not_finite", "peak", "adalrs", "world", "data", "versions"}
 
 
 def step_name(step: int) -> str:
@@ -36,8 +44,9 @@ def latest(root: Path) -> Path | None:
     Raises InputError where `latest` names a checkpoint that is not there.
     """
     pointer = root / LATEST
-    if not pointer.is_file():
-        return None
+    if not pointer.is_file():  # the very first one may be whole already: it is renamed before the pointer is written
+        whole = sorted(path.parent for path in root.glob(f"step-*/{TRAINER}"))
+        return whole[-1] if whole else None
     checkpoint = root / pointer.read_text(encoding="utf-8").strip()
     if not (checkpoint / TRAINER).is_file():
         raise InputError(f"{pointer}: names {checkpoint.name}, which is no complete checkpoint")
@@ -58,9 +67,41 @@ def resolve(path: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state as `publish` wrote it."""
-    state: dict[str, Any] = json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
+    """The trainer's state as `publish` wrote it. Raises InputError where it cannot be read."""
+    with reading(checkpoint):
+        state: dict[str, Any] = json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))
+        if missing := KEYS - state.keys():
+            raise ValueError(f"{TRAINER} has no {', '.join(sorted(missing))}")
     return state
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """What cannot be read inside raises InputError: a file of the checkpoint is missing or damaged."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if parallel.is_lost(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"--resume: {checkpoint}: damaged, or written by another version ({reason}); go on from another one of"
+            f" {checkpoint.parent}"
+        ) from error
+
+
+@contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Until the block ends, or this process does, no other run writes in `out`. Raises InputError where one does."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out: {out}: another run writes in it; wait for its end, or stop it") from error
+        yield
 
 
 def check_data(checkpoint: Path, source: str, found: Any) -> None:
@@ -87,6 +128,11 @@ class NotSaved(InputError):
     """A checkpoint could not be written, on every rank alike; the one before it is still the latest."""
 
 
+def is_of_disk(error: Exception) -> bool:
+    """Whether a disk is full or fails. Libraries written in Rust say so in words: safetensors, tokenizers."""
+    return isinstance(error, OSError) or "(os error " in str(error)
+
+
 def publish(root: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], *, keep: int = 2) -> Path:
     """Write one checkpoint from all ranks and make it `latest`; older ones than the last `keep` are removed.
 
@@ -101,13 +147,13 @@ def publish(root: Path, step: int, state: dict[str, Any], write: Callable[[Path]
         replace_file(root / LATEST, final.name + "\n")
         _remove_old(root, keep)
 
-    write_from_ranks(root / f".writing-{step_name(step)}", write, complete)
+    write_from_ranks(root / f"{WRITING}{step_name(step)}", write, complete)
     return final
 
 
 def replace_from_ranks(final: Path, write: Callable[[Path], None]) -> None:
     """`final`, made anew by all ranks: what it held before stays until all is written. Raises NotSaved."""
-    write_from_ranks(final.with_name(f".writing-{final.name}"), write, lambda folder: replace_folder(folder, final))
+    write_from_ranks(final.with_name(f"{WRITING}{final.name}"), write, lambda folder: replace_folder(folder, final))
 
 
 def write_from_ranks(folder: Path, write: Callable[[Path], None], complete: Callable[[Path], None]) -> None:
@@ -118,12 +164,15 @@ def write_from_ranks(folder: Path, write: Callable[[Path], None], complete: Call
         try:
             if parallel.is_first() or not first_only:
                 act(folder)
-        except OSError as error:
+        except Exception as error:
+            if not is_of_disk(error):
+                raise
             failed = f"process {parallel.rank()}: {error}"
         if found := [reason for reason in parallel.gather_objects(failed) if reason]:
             if parallel.is_first():
                 shutil.rmtree(folder, ignore_errors=True)
-            raise NotSaved(f"{folder.parent}: a checkpoint could not be written: {'; '.join(found)}")
+            final = folder.with_name(folder.name.removeprefix(WRITING))
+            raise NotSaved(f"{final}: could not be written: {'; '.join(found)}")
 
 
 def _fresh(folder: Path) -> None:
@@ -176,6 +225,6 @@ def _remove_old(root: Path, keep: int) -> None:
     newest = latest(root)
     for path in steps[:-keep] if keep else []:
         if path != newest:
-            shutil.rmtree(path)
-    for leftover in [*root.glob(".writing-*"), *root.glob(".old-*")]:
-        shutil.rmtree(leftover)
+            path.rename(root / f".old-{path.name}")  # half removed, it must not look like a checkpoint
+    for leftover in [*root.glob(f"{WRITING}*"), *root.glob(".old-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)  # the next checkpoint tries again

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import yaml
 
-from training import checkpoint
+from training import checkpoint, parallel
 from training.catalog import CATALOG
 from training.errors import InputError
+from training.faults import lost_process, report_end
 from training.interrupt import Interrupted
-from training.parallel import stop_processes
 from training.recipes import Recipe, read_recipe, resumed
 
 Plan = tuple[Recipe, ...]
@@ -147,17 +147,25 @@ def _unused(folder: Path) -> Path:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return (folder / checkpoint.FOLDER).exists()
+    return checkpoint.latest(folder / checkpoint.FOLDER) is not None
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Call `main` with the command line and exit: 0, 2 for an InputError, 128 + signal number after a signal."""
-    status = 0
+    """Call `main` with the command line and exit: 0, 2 for an InputError, 128 + signal number after a signal, 75 where
+    a process of the run has died. Of all processes, the first to end says why, in one line.
+    """
+    status, text = 0, ""
     try:
         main(sys.argv[1:])
-    except (Interrupted, InputError) as stop:
-        status = stop.exit_code if isinstance(stop, Interrupted) else 2
-        if os.environ.get("RANK", "0") == "0":
-            print(stop if isinstance(stop, Interrupted) else f"error: {stop}", file=sys.stderr)
-    stop_processes()
+    except Interrupted as stop:
+        status, text = stop.exit_code, str(stop)
+    except InputError as error:
+        status, text = 2, f"error: {error}"
+    except RuntimeError as error:
+        if not parallel.is_lost(error):
+            raise
+        status, text = os.EX_TEMPFAIL, lost_process(error)
+    if text:
+        report_end(text)
+    parallel.stop_processes()
     sys.exit(status)

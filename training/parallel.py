@@ -24,6 +24,7 @@ class Kind(NamedTuple):
 
 KINDS = {kind.name: kind for kind in (Kind("cuda", "nccl"), Kind("npu", "hccl"), Kind("cpu", "gloo"))}
 _chosen: Kind | None = None
+_reported = False
 
 
 def choose(name: str | None = None) -> Kind:
@@ -84,10 +85,30 @@ def _free_port() -> int:
 
 def stop_processes() -> None:
     """Leave the group."""
-    global _chosen
-    _chosen = None
+    global _chosen, _reported
+    _chosen, _reported = None, False
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a collective failed because another process has ended, or has not answered within the time-out."""
+    # gloo raises a plain RuntimeError, whose text begins with a file of its own
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def reports_first() -> bool:
+    """Whether no process of this run has said yet why it ends: what others say after that are only consequences."""
+    global _reported
+    if _reported:
+        return False
+    _reported = True
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"  # nothing was done that could fail on one process alone
+    try:
+        return dist.distributed_c10d._get_default_store().add("reported", 1) == 1
+    except RuntimeError:  # the store has ended with its process
+        return True
 
 
 def kind() -> Kind:

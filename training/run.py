@@ -1,6 +1,6 @@
 """Train by a plan: one stage after the other, from random weights, a folder or a checkpoint; then write the model."""
 
-import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,10 @@ def train(command: Command, parts: Parts) -> Path:
     ends = [sum(recipe.steps for recipe in plan[: n + 1]) for n in range(len(plan))]
     saved = start
     peak = peak_flops(plan[0].dtype) * parallel.world()
-    with RunLog(out, ends[-1], state["total"], plan[0].log_every, peak) as log:
+    with ExitStack() as stack:
+        if parallel.is_first():
+            stack.enter_context(checkpoint.only_run_in(out))
+        log = stack.enter_context(RunLog(out, ends[-1], state["total"], plan[0].log_every, peak))
         for stage in range(state["stage"], len(plan)):
             place = Place(out, plan, stage, ends[stage] - plan[stage].steps)
             saved = train_stage(place, parts, start if stage == state["stage"] else None, log)
@@ -109,11 +112,14 @@ def prepare(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> nn.Module
 
 
 def export(parts: Parts, weights: dict[str, Tensor] | None, folder: Path) -> None:
-    """Model and processor in Hugging Face's layout; a folder of that name is replaced once all is written."""
-    if parallel.is_first():
-        writing = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(writing, ignore_errors=True)
-        parts.model.save_pretrained(writing, state_dict=weights)
-        parts.processor.save_pretrained(writing)
-        checkpoint.replace_folder(writing, folder)
-    parallel.barrier()
+    """Model and processor in Hugging Face's layout; a folder of that name is replaced once all is written.
+
+    Raises checkpoint.NotSaved.
+    """
+
+    def write(writing: Path) -> None:
+        if parallel.is_first():
+            parts.model.save_pretrained(writing, state_dict=weights)
+            parts.processor.save_pretrained(writing)
+
+    checkpoint.replace_from_ranks(folder, write)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from training import checkpoint, parallel
 from training.adalrs import AdaLRS
 from training.assemble import Parts
-from training.data.loader import LoadedStep, StreamLoader
+from training.data.loader import LoadedStep, StreamLoader, WorkerDied
 from training.engines.engine import Engine, StepResult
 from training.errors import InputError
-from training.faults import BadRecords, NotFinite
+from training.faults import BadRecords, NotFinite, reporting_a_lost_process
 from training.interrupt import SIGNALS, Interrupted, Watch
 from training.metrics import FlopCount, activation_entropy
 from training.recipes import Recipe
@@ -72,6 +72,7 @@ class Trainer:
         self.adalrs = AdaLRS(self.recipe.lr, self.recipe.adalrs_window) if self.recipe.adalrs else None
         self.bad, self.not_finite = BadRecords(self.recipe.max_bad), NotFinite(self.recipe.max_not_finite)
         self.saved: Path | None = None
+        self._feed = loader.state_dict()  # behind the last step that was trained
 
     def fit(self) -> Path:
         """Train to the stage's last step; the checkpoint of its end.
@@ -79,9 +80,11 @@ class Trainer:
         On SIGINT or SIGTERM every rank ends the same step, a checkpoint is written, and Interrupted is raised. Raises
         InputError, after a checkpoint, where too many records or steps in a row cannot be used.
         """
-        with Watch() as watch:
+        with Watch() as watch, reporting_a_lost_process():
             while self.step < self.recipe.steps:
-                signal = self._one_step(watch)
+                with self._saving_first():
+                    loaded = self._load()
+                signal = self._one_step(loaded, watch)
                 with self._saving_first():
                     self.bad.check()
                     self._check_finite()
@@ -93,12 +96,24 @@ class Trainer:
                     raise Interrupted(signal, self._total(), str(self.saved))
         return self.saved or self.save()
 
-    def _one_step(self, watch: Watch) -> int:
-        began = time.perf_counter()
-        loaded = self.loader.next()
+    def _load(self) -> LoadedStep:
+        """The next step's data. Raises InputError on all ranks where one has none, so that all can save first."""
+        failed, loaded = "", None
+        try:
+            loaded = self.loader.next()
+        except (InputError, WorkerDied) as error:
+            failed = f"process {parallel.rank()}: {error}"
+        if sum(parallel.sum_over_ranks([float(loaded is None)])):
+            raise InputError("; ".join(filter(None, parallel.gather_objects(failed))))
+        assert loaded is not None
+        return loaded
+
+    def _one_step(self, loaded: LoadedStep, watch: Watch) -> int:
+        began = time.perf_counter() - loaded.waited
         lr = learning_rate(self.recipe, self.step, self.peak)
         result = self.engine.train_step(loaded.batches, lr)
         self.step += 1
+        self._feed = self.loader.state_dict()
         sums = self._sums(loaded, watch)
         for message in self.bad.add(sums.records, self._faults(loaded, sums)):
             self.log.say(message)
@@ -170,9 +185,12 @@ class Trainer:
         """Before an error of the data or of the numbers ends the run, what it has learned is written."""
         try:
             yield
-        except InputError:
-            self.save()
-            raise
+        except InputError as error:
+            try:
+                saved = self.save()
+            except checkpoint.NotSaved as failed:
+                raise InputError(f"{error}; {failed}") from error
+            raise InputError(f"{error}; go on with: --resume {saved}") from error
 
     def _check_finite(self) -> None:
         if self.not_finite.too_many:
@@ -186,7 +204,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment and make it the latest. Raises checkpoint.NotSaved."""
-        streams = parallel.gather_objects(self.loader.state_dict())
+        streams = parallel.gather_objects(self._feed)
         state = {
             "stage": self.place.stage,
             "step": self.step,
@@ -229,14 +247,16 @@ class Trainer:
         if changed:
             self.log.say(f"{folder}: written with {'; '.join(changed)}: the curve may differ by rounding")
         checkpoint.check_data(folder, self.recipe.data, self.data)
-        self.engine.load(folder / ENGINE)
-        self.loader.load_state_dict(state["feed"])
-        self.bad.load_state_dict(state["bad"])
-        self.not_finite.load_state_dict(state["not_finite"])
-        if self.adalrs is not None:
-            self.adalrs = AdaLRS.from_state(state["adalrs"])
-            if self.adalrs.holds_snapshot and parallel.is_first():
-                self._keep_snapshot(folder)
+        with checkpoint.reading(folder):
+            self.engine.load(folder / ENGINE)
+            self.loader.load_state_dict(state["feed"])
+            self.bad.load_state_dict(state["bad"])
+            self.not_finite.load_state_dict(state["not_finite"])
+            if self.adalrs is not None:
+                self.adalrs = AdaLRS.from_state(state["adalrs"])
+                if self.adalrs.holds_snapshot and parallel.is_first():
+                    self._keep_snapshot(folder)
+        self._feed = self.loader.state_dict()
         self.step, self.peak, self.saved = state["step"], state["peak"], folder
 
     def _keep_snapshot(self, folder: Path) -> None:
