@@ -68,6 +68,14 @@ def test_tokens_are_those_of_the_processor(name: str, system: str, processor: Sa
     assert (sample.ids[sample.labels != IGNORE] == sample.labels[sample.labels != IGNORE]).all()
 
 
+def test_long_texts_do_not_fill_memory(processor: SailVL2Processor) -> None:
+    encoder = Encoder(processor)
+    for words in ("yes", "yes " * 100):
+        sample = encoder.encode(Conversation((Turn("assistant", (Text(words),), learn=True),)))
+        assert processor.tokenizer.decode(sample.ids).endswith(f"{words}<|im_end|>")
+    assert encoder._cached.cache_info().currsize == 2, "a head and a short answer"
+
+
 def test_what_is_not_to_be_learned_is_the_same_tokens(processor: SailVL2Processor) -> None:
     turns = (Turn("user", (Text("is it red?"),)), Turn("assistant", (Text("yes"),), learn=True))
     unlearned = Turn("assistant", (Text("yes"),))
