@@ -23,6 +23,7 @@ class Recipe:
     seed: int = _option(0, "run", "of weights and data order")
     steps: int = _option(1000, "run", "optimizer steps")
     epochs: float = _option(0.0, "run", "passes over the data, in place of --steps; 0: as many steps as said")
+    until_loss: float = _option(0.0, "run", "end the stage where the mean loss of 20 steps is below this")
     save_every: int = _option(500, "run", "steps between checkpoints")
     keep: int = _option(2, "run", "checkpoints kept; older ones are removed")
     log_every: int = _option(10, "run", "steps between lines where the output is no terminal")
@@ -124,7 +125,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("warmup", "weight_decay", "balance", "seed", "workers", "max_tiles", "max_bad", "lr_floor"),
-    *("lora_rank", "epochs"),
+    *("lora_rank", "epochs", "until_loss"),
 )
 # what a resumed run may change: nothing that alters the steps still to come; data may have moved, and is compared
 FREE_ON_RESUME = ("save_every", "keep", "log_every", "workers", "max_bad", "max_not_finite", "data", "test")

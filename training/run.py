@@ -31,17 +31,19 @@ def train(command: Command, parts: Parts) -> Path:
     """
     out, start = command.out, command.start
     plan = tuple(with_steps(recipe, parts) for recipe in command.plan)
-    state = {"stage": 0, "total": 0} if start is None else checkpoint.read_state(start)
-    ends = [sum(recipe.steps for recipe in plan[: n + 1]) for n in range(len(plan))]
-    saved = start
+    state = {"stage": 0, "step": 0, "total": 0} if start is None else checkpoint.read_state(start)
+    steps_before, saved = state["total"] - state["step"], start
     peak = peak_flops(plan[0].dtype) * parallel.world()
     with ExitStack() as stack:
         if parallel.is_first():
             stack.enter_context(checkpoint.only_run_in(out))
-        log = stack.enter_context(RunLog(out, ends[-1], state["total"], plan[0].log_every, peak))
+        log = stack.enter_context(
+            RunLog(out, sum(recipe.steps for recipe in plan), state["total"], plan[0].log_every, peak)
+        )
         for stage in range(state["stage"], len(plan)):
-            place = Place(out, plan, stage, ends[stage] - plan[stage].steps)
+            place = Place(out, plan, stage, steps_before)
             saved = train_stage(place, parts, start if stage == state["stage"] else None, log)
+            steps_before = checkpoint.read_state(saved)["total"]
         log.end()
     assert saved is not None, "a plan has at least one stage"
     return saved

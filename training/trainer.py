@@ -23,6 +23,7 @@ from training.runlog import RunLog
 from training.schedule import cosine_with_warmup
 
 ENGINE = "engine"
+RECENT = 20  # steps whose mean loss may end a stage
 ADALRS = "adalrs"  # the snapshot that a trial of a learning rate may go back to
 
 
@@ -71,6 +72,7 @@ class Trainer:
         self.peak = self.recipe.lr
         self.adalrs = AdaLRS(self.recipe.lr, self.recipe.adalrs_window) if self.recipe.adalrs else None
         self.bad, self.not_finite = BadRecords(self.recipe.max_bad), NotFinite(self.recipe.max_not_finite)
+        self.recent: list[float] = []  # losses
         self.saved: Path | None = None
         self._feed = loader.state_dict()  # behind the last step that was trained
 
@@ -81,20 +83,26 @@ class Trainer:
         InputError, after a checkpoint, where too many records or steps in a row cannot be used.
         """
         with Watch() as watch, reporting_a_lost_process():
-            while self.step < self.recipe.steps:
+            while not self.is_done:
                 with self._saving_first():
                     loaded = self._load()
                 signal = self._one_step(loaded, watch)
                 with self._saving_first():
                     self.bad.check()
                     self._check_finite()
-                if signal or self.step == self.recipe.steps:
+                if signal or self.is_done:
                     self.save()
                 elif self.step % self.recipe.save_every == 0:
                     self._save_if_possible()
                 if signal:
                     raise Interrupted(signal, self._total(), str(self.saved))
         return self.saved or self.save()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage has made its steps, or its loss has come down to where it may end."""
+        below = len(self.recent) == RECENT and sum(self.recent) / RECENT < self.recipe.until_loss
+        return below or self.step >= self.recipe.steps
 
     def _load(self) -> LoadedStep:
         """The next step's data. Raises InputError on all ranks where one has none, so that all can save first."""
@@ -118,6 +126,7 @@ class Trainer:
         for message in self.bad.add(sums.records, self._faults(loaded, sums)):
             self.log.say(message)
         self.not_finite.add(result.finite)
+        self.recent = [*self.recent, result.loss][-RECENT:]
         flops = self.flops.step(sums.tokens, result.labels, sums.pairs, sums.tiles)
         self.log.write(self._line(result, sums, loaded, time.perf_counter() - began, lr), flops)
         if self.adalrs is not None:
@@ -214,6 +223,7 @@ class Trainer:
             "bad": self.bad.state_dict(),
             "not_finite": self.not_finite.state_dict(),
             "peak": self.peak,
+            "recent": self.recent,
             "adalrs": None if self.adalrs is None else self.adalrs.state_dict(),
             "world": parallel.world(),
             "data": self.data,
@@ -257,7 +267,7 @@ class Trainer:
                 if self.adalrs.holds_snapshot and parallel.is_first():
                     self._keep_snapshot(folder)
         self._feed = self.loader.state_dict()
-        self.step, self.peak, self.saved = state["step"], state["peak"], folder
+        self.step, self.peak, self.recent, self.saved = state["step"], state["peak"], state["recent"], folder
 
     def _keep_snapshot(self, folder: Path) -> None:
         """The snapshot of a trial that the checkpoint was written in, where the trial will look for it."""
