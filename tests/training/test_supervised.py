@@ -152,9 +152,7 @@ def test_objective_is_the_summed_cross_entropy_of_the_answers(
 
 
 @pytest.mark.parametrize("tiles", [0, 2, 4])
-def test_pictures_and_their_places_must_agree(
-    tiles: int, model: SailVL2ForConditionalGeneration, batch: Batch
-) -> None:
+def test_pictures_and_their_places_must_agree(tiles: int, model: SailVL2ForConditionalGeneration, batch: Batch) -> None:
     message = f"{3 * 16} image tokens .* gives {tiles * 16} image features"
     with pytest.raises(ValueError, match=message):
         Supervised(model)(replace(batch, pixels=torch.zeros(tiles, 3, 64, 64)))
@@ -241,9 +239,7 @@ def test_exact_match_is_what_greedy_generation_gives(
     for n, question in enumerate(("is it red?", "what shape is it?", "is it not round?")):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         chat = [{"role": "system", "content": ""}, {"role": "user", "content": content}]
-        inputs = processor(
-            images=str(picture), text=processor.apply_chat_template(chat, add_generation_prompt=True)
-        )
+        inputs = processor(images=str(picture), text=processor.apply_chat_template(chat, add_generation_prompt=True))
         prompt = inputs["input_ids"][0].tolist()
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
         if n == 1:
