@@ -89,6 +89,11 @@ def shared(rank: int) -> Iterable[int]:
     return range(6)
 
 
+def steps_of(recipe: Recipe) -> int:
+    """All where everything is trained at once, fewer of the others."""
+    return STEPS if recipe.parts == BASE.parts and recipe.micro_batches == 1 and not recipe.lora_rank else 8
+
+
 def learning_rate(step: int) -> float:
     """Of a step."""
     return 1e-3 * (1 - step / (2 * STEPS))
@@ -130,10 +135,16 @@ def held(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {key: values.detach().clone() for key, values in parts}
 
 
+def adam_steps(engine: DeepSpeedEngine) -> list[int]:
+    """What AdamW counts, over all of its states."""
+    adam = engine._engine.optimizer if engine.recipe.zero_stage == 0 else engine._engine.optimizer.optimizer
+    return sorted({int(state["step"]) for state in adam.state.values()})
+
+
 def parity(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """All steps; then a checkpoint, and an export as Hugging Face loads it."""
     engine = engine_of(recipe)
-    steps = train(engine, range(STEPS), own)
+    steps = train(engine, range(steps_of(recipe)), own)
     engine.save(folder / "engine")
     weights = engine.weights()
     model = engine.objective.model
@@ -150,13 +161,14 @@ def short(recipe: Recipe, folder: Path) -> dict[str, Any]:
     engine = engine_of(recipe)
     steps = train(engine, range(SAVED))
     engine.save(folder / "engine")
+    counted = adam_steps(engine)
     types = sorted({str(value.dtype) for key, value in held(engine).items() if "vision_model" not in key})
     weights = engine.weights()
     if parallel.is_first():
         torch.save(weights, folder / "weights.pt")
     steps += train(engine, range(SAVED, SAVED + 4))
     engine.close()
-    return {"steps": steps, "types": types}
+    return {"steps": steps, "types": types, "adam_steps": counted}
 
 
 def resumed(recipe: Recipe, start: Path, folder: Path) -> dict[str, Any]:
@@ -164,11 +176,11 @@ def resumed(recipe: Recipe, start: Path, folder: Path) -> dict[str, Any]:
     engine = engine_of(recipe)
     torch.manual_seed(999 + parallel.rank())
     engine.load(start / "engine")
-    random = torch.rand(1).item()
+    random, counted = torch.rand(1).item(), adam_steps(engine)
     engine.save(folder / "engine")
     steps = train(engine, range(SAVED, SAVED + 4))
     engine.close()
-    return {"steps": steps, "random": parallel.gather_objects(random)}
+    return {"steps": steps, "random": parallel.gather_objects(random), "adam_steps": counted}
 
 
 def not_finite(recipe: Recipe, where: str) -> dict[str, Any]:

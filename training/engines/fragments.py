@@ -54,7 +54,7 @@ class Stored:
             for name, parameter in named.items()
             for kind in (WEIGHT, *(MOMENTS if moments and parameter.requires_grad else ()))
         }
-        for key in wanted.keys() | self._where.keys():
+        for key in sorted(wanted.keys() | self._where.keys()):
             end = 0
             for first, last, _ in sorted(self._where.get(key, [])):
                 end = last if first == end else -1
