@@ -127,6 +127,7 @@ def dialogue(question: Any, answer: Any = "a", **more: Any) -> dict[str, Any]:
         (dialogue("q", images=["a.png"]), "1 pictures more than <image>"),
         (dialogue("q", "<image>", images=["a.png"]), "a picture in what the assistant says"),
         (dialogue("<img>"), "holds <img>"),
+        (dialogue("a\ud800"), r"'a\\ud800' holds half a surrogate pair"),
         (dialogue("q", "a<|im_end|>"), r"holds <\|im_end\|>"),
         (dialogue([{"type": "text", "text": "<image>"}]), "holds <image>"),
         (dialogue([{"type": "image", "image": 3}]), "a picture is no path"),
