@@ -92,7 +92,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    shown = image.convert("RGB")
+    shown.info = {}  # it is upright now: who loads it again must not turn it again
+    return shown
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

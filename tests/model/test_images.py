@@ -73,6 +73,7 @@ def test_a_turned_camera(kind: str) -> None:
         assert shown.shape == ((40, 24, 3) if orientation > 4 else (24, 40, 3))
         assert np.array_equal(rgb(data), shown)
         assert np.array_equal(rgb(Image.open(io.BytesIO(data))), shown)
+        assert np.array_equal(load_image(load_image(data)), shown), "what was turned is turned again"
 
 
 # ---- depth ----------------------------------------------------------------------------------------------------------

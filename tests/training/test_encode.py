@@ -1,14 +1,17 @@
 """A conversation's tokens are those of the model's own chat format; learned are the assistant's words and turn ends."""
 
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sail_model import SailVL2ImageProcessor, SailVL2Processor, train_tokenizer
+from sail_model.images import CorruptImageError
 from training.data.conversation import BadRecord, Conversation, Picture, Text, Turn
 from training.data.encode import EncodedMixture, Encoder, split_to_fit
 from training.data.formats import conversation_of
@@ -24,10 +27,10 @@ def processor() -> SailVL2Processor:
     return SailVL2Processor(SailVL2ImageProcessor(TILE, 4), train_tokenizer(texts, 340), tokens_per_tile=4)
 
 
-def picture(width: int, height: int, orientation: int = 1) -> bytes:
+def picture(width: int, height: int, orientation: int = 1, kind: str = "JPEG") -> bytes:
     image, exif, out = Image.linear_gradient("L").resize((width, height)).convert("RGB"), Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
-    image.save(out, "JPEG", exif=exif)
+    image.save(out, kind, exif=exif)
     return out.getvalue()
 
 
@@ -59,8 +62,10 @@ def test_tokens_are_those_of_the_processor(name: str, system: str, processor: Sa
     asked = messages(*CASES[name], system=system)
     pictures = shown[: sum(part["type"] == "image" for _, c in CASES[name] if isinstance(c, list) for part in c)]
     wanted = processor(images=pictures or None, text=processor.apply_chat_template(asked), return_tensors=None)
-    record = {"messages": [turn for turn in asked if turn["role"] != "system" or system]}
-    sample = Encoder(processor).encode(conversation_of(record, None, "here", pictures))
+    sample = Encoder(processor).encode(conversation_of({"messages": asked}, None, "here", pictures))
+    if not system:
+        without = conversation_of({"messages": asked[1:]}, None, "here", pictures)
+        assert Encoder(processor).encode(without).ids.tolist() == sample.ids.tolist()
     assert sample.ids.tolist() == wanted["input_ids"][0]
     assert [slot.tiles for slot in sample.pictures] == [1, 3, 1][: len(pictures)]
     learned = processor.tokenizer.decode(sample.ids[sample.labels != IGNORE])
@@ -68,12 +73,33 @@ def test_tokens_are_those_of_the_processor(name: str, system: str, processor: Sa
     assert (sample.ids[sample.labels != IGNORE] == sample.labels[sample.labels != IGNORE]).all()
 
 
-def test_long_texts_do_not_fill_memory(processor: SailVL2Processor) -> None:
+def test_an_answer_follows_the_tokens_that_generation_is_prompted_with() -> None:
+    """Also where its first line break would be one token with the prompt's last."""
+    tokenizer = train_tokenizer(["a\n\n", "b\n\n", "c\n\n"], 292)
+    assert len(tokenizer("\n\n")["input_ids"]) == 1, "the case that the test is about"
+    processor = SailVL2Processor(SailVL2ImageProcessor(TILE, 4), tokenizer, tokens_per_tile=4)
+    prompt = processor.apply_chat_template(messages(("user", "q")), add_generation_prompt=True)
+    for answer in ("a", "\na", "\n\na"):
+        sample = Encoder(processor).encode(
+            conversation_of({"messages": messages(("user", "q"), ("assistant", answer))}, None, "")
+        )
+        learned = tokenizer(f"{answer}<|im_end|>")["input_ids"]
+        assert sample.ids.tolist() == tokenizer(prompt)["input_ids"] + learned
+        assert sample.labels[sample.labels != IGNORE].tolist() == learned
+
+
+def test_memory_of_texts_is_bounded(processor: SailVL2Processor) -> None:
+    """Questions are remembered, long texts are not: a million different dialogues would fill the memory."""
     encoder = Encoder(processor)
-    for words in ("yes", "yes " * 100):
-        sample = encoder.encode(Conversation((Turn("assistant", (Text(words),), learn=True),)))
-        assert processor.tokenizer.decode(sample.ids).endswith(f"{words}<|im_end|>")
-    assert encoder._cached.cache_info().currsize == 2, "a head and a short answer"
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            asked = messages(("user", "is it red?"), ("assistant", f"{number} " + "red or blue? " * 20))
+            encoder.encode(conversation_of({"messages": asked}, None, "here"))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 300 * 260, "less than a byte for each letter that was read"
 
 
 def test_what_is_not_to_be_learned_is_the_same_tokens(processor: SailVL2Processor) -> None:
@@ -101,14 +127,31 @@ def test_branches_share_what_comes_before_them(processor: SailVL2Processor) -> N
         assert np.concatenate([sample.labels, branch.labels]).tolist() == whole.labels.tolist()
 
 
-def test_a_sideways_picture_has_the_tiles_of_what_is_seen(processor: SailVL2Processor) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_a_sideways_picture_has_the_tiles_of_what_is_seen(kind: str, processor: SailVL2Processor) -> None:
     encoder = Encoder(processor)
-    for orientation, tiles in ((1, 3), (6, 3)):
-        data = picture(100, 20, orientation) if orientation == 1 else picture(20, 100, orientation)
-        slot = encoder.encode(
-            Conversation((Turn("user", (Picture(data),)), Turn("assistant", (Text("a"),), learn=True)))
-        ).pictures[0]
-        assert slot.tiles == len(encoder.pixels(slot)) >= tiles
+    tall = picture(20, 50, 6, kind)  # seen 50 wide, 20 high
+    slot = encoder.encode(
+        Conversation((Turn("user", (Picture(tall),)), Turn("assistant", (Text("a"),), learn=True)))
+    ).pictures[0]
+    upright = Image.linear_gradient("L").resize((20, 50)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    assert slot.tiles == len(encoder.pixels(slot)) == processor.image_processor.num_tiles(50, 20, 4)
+    if kind in ("PNG", "TIFF"):  # lossless
+        wanted = processor.image_processor([upright], 4, return_tensors="pt")["pixel_values"]
+        assert torch.equal(encoder.pixels(slot), wanted)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP"])
+def test_a_picture_is_counted_from_its_header(kind: str, processor: SailVL2Processor) -> None:
+    """What comes behind it is not decoded: here it is missing."""
+    noise, out = np.random.default_rng(0).integers(0, 255, (96, 32, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(noise).save(out, kind)
+    shown = Picture(out.getvalue()[: -len(out.getvalue()) // 4])
+    encoder = Encoder(processor)
+    sample = encoder.encode(Conversation((Turn("user", (shown,)), Turn("assistant", (Text("a"),), learn=True))))
+    assert sample.tiles == processor.image_processor.num_tiles(32, 96, 4)
+    with pytest.raises(CorruptImageError):
+        encoder.pixels(sample.pictures[0])
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_bad_records_are_not_usable(folder: Path) -> None:
         ("sources:\n- {path: small.jsonl, weight: -1}", "got -1, want a number"),
         ("sources:\n- {path: small.jsonl, weight: 0}", "weights of all sources are 0"),
         ("sources:\n- {path: small.jsonl, limit: 0}", "limit: got 0"),
+        ("sources:\n- {path: small.jsonl, limit: true}", "limit: got True"),
         ("balance: x\n" + BOTH, "balance: got 'x'"),
         ("sources:\n- {path: none.jsonl}", "is no file"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from training.data import index
 from training.data.conversation import BadRecord, Picture, Text
 from training.data.index import Index
 from training.data.sources import open_source
@@ -99,7 +100,7 @@ def test_lines_that_no_tokenizer_or_stack_can_take_are_bad_records(tmp_path: Pat
     path = tmp_path / "a.jsonl"
     path.write_text(line("x").replace("x", "\\ud800") + "\n" + "[" * 100_000 + "\n" + line("good"))
     source = open_source(path)
-    for number, wrong in ((0, "half a character"), (1, "line 2: .*recursion")):
+    for number, wrong in ((0, "half a surrogate pair"), (1, "line 2: .*recursion")):
         with pytest.raises(BadRecord, match=wrong):
             source.conversation(number)
     assert words(source, 2) == "good"
@@ -128,6 +129,41 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
     path.write_text(line("one\u2028two\x85") + "\r\n" + line("last"), encoding="utf-8")
     source = open_source(path)
     assert len(source) == 2 and words(source, 0) == "one\u2028two\x85" and words(source, 1) == "last"
+
+
+def test_a_record_made_to_break_its_reader_is_a_bad_record(tmp_path: Path) -> None:
+    deep = b"[" * 100_000
+    (tmp_path / "a.jsonl").write_bytes(deep + b"\n" + json.dumps({"\ud800": 1}).encode() + b"\n" + line("q").encode())
+    write_shard(tmp_path / "b.tar", [("deep", {"json": deep}), ("last", {"json": shown(0)})])
+    source = open_source(tmp_path)
+    for number, wrong in (
+        (0, "line 1: maximum recursion"),
+        (1, r"line 2: got \\ud800"),
+        (3, "deep: maximum recursion"),
+    ):
+        with pytest.raises(BadRecord, match=wrong) as caught:
+            source.conversation(number)
+        str(pickle.loads(pickle.dumps(caught.value))).encode()  # a log takes no surrogate
+    assert [words(source, number) for number in (2, 4)] == ["q", "q"]
+
+
+def test_there_may_be_more_files_than_a_process_may_hold_open(tmp_path: Path) -> None:
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", [("one", {"json": shown(0)})])
+        (tmp_path / f"{number}.jsonl").write_text(line("q"))
+    source = open_source(tmp_path)
+    opened = os.listdir("/proc/self/fd")
+    assert [words(source, number) for number in range(6)] == ["q"] * 6
+    assert os.listdir("/proc/self/fd") == opened
+
+
+def test_members_that_belong_to_no_record(tmp_path: Path) -> None:
+    nameless = [("./.", {"_one.json": b"\0"}), ("./", {"DS_Store": b"\0"}), ("__MACOSX/.", {"_one.jpg": b"\0"})]
+    write_shard(tmp_path / "a.tar", [*nameless, ("./one", {"json": shown(0)})])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("README"))
+    source = open_source(tmp_path / "a.tar")
+    assert len(source) == 1 and words(source, 0) == "q"
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
@@ -177,6 +213,10 @@ def test_shards_that_a_list_names_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(b"")
     with pytest.raises(InputError, match=r"b\.tar: has 0 bytes"):
         open_source(tmp_path)
+    for damaged in ("[", '["a.tar"]'):
+        (tmp_path / "shards.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"shards\.json: .*want {name of a shard: its bytes}"):
+            open_source(tmp_path)
 
 
 def test_the_index_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +232,9 @@ def test_the_index_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Index, "_write", counted)
     assert open_source(path).fingerprint == before and not built
+    monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
+    assert open_source(path).fingerprint == before and built, "an index of another version means something else"
+    built.clear()
     path.write_text(line("one") + "\n" + line("two") + "\n")
     assert len(open_source(path)) == 2 and built
     (tmp_path / "moved").mkdir()

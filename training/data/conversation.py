@@ -54,8 +54,13 @@ class BadRecord(ValueError):
     """A record that cannot be used: skipped, counted and reported. `where` names file and line or shard and key."""
 
     def __init__(self, where: str, reason: str) -> None:
-        self.where, self.reason = where, reason
-        super().__init__(f"{where}: {reason}")
+        self.where, self.reason = _printable(where), _printable(reason)
+        super().__init__(f"{self.where}: {self.reason}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.where, self.reason)  # it travels between processes
+
+
+def _printable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON and names of files can hold and a log cannot."""
+    return text.encode(errors="backslashreplace").decode()

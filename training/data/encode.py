@@ -2,7 +2,9 @@
 
 A turn is `<|im_start|>role`, newline, content, `<|im_end|>`, as `sail_model.chat` has it; nothing stands between turns.
 Special tokens split the text, so a turn's tokens are those of the whole text. Learned are the assistant's turns, from
-their first word to `<|im_end|>`; a conversation without a system message has none.
+what follows the generation prompt to `<|im_end|>`, tokenized apart from that prompt, as a model meets and writes them:
+of an answer that begins with line breaks this differs from the whole text, where a token is half prompt, half answer.
+A conversation without a system message, or with an empty one, has none.
 """
 
 import io
@@ -16,16 +18,15 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from sail_model import SailVL2Processor
-from sail_model.images import load_image
 from sail_model.tokenizer import IMAGE_END, TURN_END
 from training.data.conversation import BadRecord, Conversation, Picture, Text, Turn
 from training.data.mixture import Mixture
 from training.data.sample import IGNORE, Branch, Ids, PictureSlot, Sample
 
 TURN_START = "<|im_start|>"
-# short questions and answers come again and again; others would fill memory, about 36 bytes a token
-CACHED, CACHED_CHARACTERS = 20_000, 200
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# of texts whose tokens are remembered: questions come again and again, answers and dialogues do not
+_REMEMBERED, _LETTERS = 8192, 100
 
 
 class Encoder:
@@ -37,7 +38,8 @@ class Encoder:
         self.image_end = int(processor.tokenizer.convert_tokens_to_ids(IMAGE_END))
         self.patch_tokens = processor.tokens_per_tile
         self.tile_shape = (3, pictures.image_size, pictures.image_size)
-        self._cached = lru_cache(maxsize=CACHED)(self._tokens)
+        self._short = lru_cache(_REMEMBERED)(self._tokens)
+        self._span = lru_cache(_REMEMBERED)(lambda tiles: self._tokens(processor.image_span(tiles)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"processor": self.processor, "max_tiles": self.max_tiles}
@@ -77,33 +79,37 @@ class Encoder:
         labels: list[int] = []
         pictures: list[PictureSlot] = []
         for turn in turns:
-            content, shown = self._content(turn, slots)
-            pictures += shown
-            head = self._tokenize(f"{TURN_START}{turn.role}\n")
-            if turn.learn:
-                learned = self._tokenize(content + TURN_END)
-                ids += head + learned
-                labels += [IGNORE] * len(head) + learned
+            if turn.role == "system" and not any(isinstance(part, Text) and part.text for part in turn.parts):
+                continue  # an empty one is none, as the chat template has it
+            start = f"{TURN_START}{turn.role}\n"
+            if turn.learn:  # what generation is prompted with, then what it is to write
+                head = self._tokenize(start)
+                content, shown = self._content("", turn, slots)
+                labels += [IGNORE] * len(head) + content
             else:
-                given = self._tokenize(f"{TURN_START}{turn.role}\n{content}{TURN_END}")
-                ids += given
-                labels += [IGNORE] * len(given)
+                head = []
+                content, shown = self._content(start, turn, slots)
+                labels += [IGNORE] * len(content)
+            ids += head + content
+            pictures += shown
         return np.array(ids, np.int32), np.array(labels, np.int32), tuple(pictures)
 
-    def _content(self, turn: Turn, slots: dict[int, PictureSlot]) -> tuple[str, list[PictureSlot]]:
-        """A turn's text, pictures as the image tokens they take, as the chat template and the processor write it."""
-        text, pictures = "", []
+    def _content(self, text: str, turn: Turn, slots: dict[int, PictureSlot]) -> tuple[list[int], list[PictureSlot]]:
+        """The tokens of `text` and a turn up to its end, pictures as the chat template and the processor write them."""
+        ids: list[int] = []
+        pictures = []
         for part in turn.parts:
             if isinstance(part, Text):
                 text += part.text
             else:
                 slot = slots[id(part)]
-                text += self.processor.image_span(slot.tiles) + "\n"
+                ids += self._tokenize(text) + self._span(slot.tiles)
+                text = "\n"
                 pictures.append(slot)
-        return text, pictures
+        return ids + self._tokenize(text + TURN_END), pictures
 
     def _tokenize(self, text: str) -> list[int]:
-        return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._tokens(text)
+        return self._short(text) if len(text) <= _LETTERS else self._tokens(text)
 
     def _tokens(self, text: str) -> list[int]:
         found: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -117,7 +123,11 @@ class Encoder:
             source = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
             with Image.open(source) as image:
                 width, height = image.size
-                if image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS:
+                # of a PNG, getexif would decode all its pixels, in case EXIF comes behind them; TIFF is opened upright
+                turned = (
+                    image.format != "TIFF" and Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _SIDEWAYS
+                )
+                if turned:
                     width, height = height, width
         except Exception as error:  # of a malformed file Pillow raises nearly anything
             if isinstance(error, MemoryError):
@@ -130,8 +140,9 @@ class Encoder:
 
     def pixels(self, picture: PictureSlot) -> Tensor:
         """The tiles that the header promised, [tiles, 3, size, size]."""
-        image = load_image(picture.source)
-        prepared = self.processor.image_processor([image], picture.max_tiles, return_tensors="pt")["pixel_values"]
+        prepared = self.processor.image_processor([picture.source], picture.max_tiles, return_tensors="pt")[
+            "pixel_values"
+        ]
         assert isinstance(prepared, Tensor)
         if len(prepared) != picture.tiles:
             raise OSError(f"the picture has {len(prepared)} tiles, its header said {picture.tiles}")

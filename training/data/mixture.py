@@ -104,7 +104,7 @@ def _open_entry(path: Path, entry: dict[str, Any]) -> Source:
     source: Source = EasyVqa(named) if named in NAMES else open_source(path.parent / named)
     if (limit := entry.get("limit")) is None:
         return source
-    if not isinstance(limit, int) or limit < 1:
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise InputError(f"{path}: {named}: limit: got {limit!r}, want a whole number of at least 1")
     return Limited(source, limit)
 

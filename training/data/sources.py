@@ -21,12 +21,10 @@ from training.errors import InputError
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
 LIST = "shards.json"  # of the converter: each shard and its size
-# of a record; RecursionError is deep nesting's
-UNUSABLE = (ValueError, OSError, RecursionError)
 
 
 class Source(Protocol):
-    """Numbered records. Picklable; files are opened in each process, on first use."""
+    """Numbered records. Picklable; files are open while a record is read."""
 
     name: str
     fingerprint: dict[str, Any]  # {"records", "sha256"}; moving the files does not change it
@@ -37,21 +35,20 @@ class Source(Protocol):
         """Raises BadRecord."""
 
 
-class _File:
-    """Reads at offsets, without a position that processes could share."""
+# what a record that is damaged, or made to do harm, raises while it is read
+_FAULTS = (ValueError, OSError, RecursionError)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
 
-    def read(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`; fewer where the file is shorter than its index says."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        return os.pread(self._descriptor, stop - start, start)
+def _read(path: Path, *spans: tuple[int, int]) -> list[bytes]:
+    """The bytes at each (offset, size); fewer where the file is shorter than its index says.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_descriptor": None}
+    Opened each time: a process may hold fewer files open than a data set has shards.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return [os.pread(descriptor, size, start) for start, size in spans]
+    finally:
+        os.close(descriptor)
 
 
 class JsonFile:
@@ -60,7 +57,6 @@ class JsonFile:
     def __init__(self, path: Path) -> None:
         self.path, self.name, self._is_list = path, path.name, path.suffix.lower() == ".json"
         self._index = Index(path, elements if self._is_list else lines)
-        self._file = _File(path)
         self.fingerprint = {"records": len(self), "sha256": self._index.digest}
 
     def __len__(self) -> int:
@@ -71,10 +67,10 @@ class JsonFile:
         start, stop = (int(edge) for edge in self._index["edges"][number : number + 2])
         where = f"{self.path}: {self._place(number)}"
         try:
-            text = self._file.read(start, stop)
+            (text,) = _read(self.path, (start, stop - start))
             record = json.loads(text.rstrip(b", \t\r\n") if self._is_list else text)
             return conversation_of(record, self.path.parent, where)
-        except UNUSABLE as error:
+        except _FAULTS as error:
             raise BadRecord(where, str(error)) from error
 
     def _place(self, number: int) -> str:
@@ -89,7 +85,6 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self._index = Index(path, _members)
-        self._file = _File(path)
         self.fingerprint = {"records": len(self), "sha256": self._index.digest}
 
     def __len__(self) -> int:
@@ -98,12 +93,11 @@ class Shard:
     def conversation(self, number: int) -> Conversation:
         """The conversation of the `number`-th key."""
         first, last = (int(edge) for edge in self._index["firsts"][number : number + 2])
-        spans = self._index["members"][first:last, :2].tolist()
-        members = [(self._name(first + place), start, size) for place, (start, size) in enumerate(spans)]
-        where = f"{self.path}: {_split_name(members[0][0])[0]}"
+        names = [self._name(member) for member in range(first, last)]
+        where = f"{self.path}: {_split_name(names[0])[0]}"
         try:
-            return self._read(members, where)
-        except UNUSABLE as error:
+            return self._conversation(names, self._index["members"][first:last, :2].tolist(), where)
+        except _FAULTS as error:
             raise BadRecord(where, str(error)) from error
 
     def _name(self, member: int) -> str:
@@ -111,10 +105,11 @@ class Shard:
         start = int(self._index["members"][member - 1, 2]) if member else 0
         return self._index["names"][start:stop].tobytes().decode(errors="replace")
 
-    def _read(self, members: list[tuple[str, int, int]], where: str) -> Conversation:
+    def _conversation(self, names: list[str], spans: list[tuple[int, int]], where: str) -> Conversation:
         record, pictures = None, []
-        for name, start, size in sorted(members, key=lambda member: _natural(member[0])):
-            data, ending = self._file.read(start, start + size), Path(name).suffix.lower()
+        members = zip(names, spans, _read(self.path, *spans), strict=True)
+        for name, (_, size), data in sorted(members, key=lambda member: _natural(member[0])):
+            ending = Path(name).suffix.lower()
             if len(data) < size:
                 raise ValueError(f"{name}: the shard ends in the middle of it")
             if ending == ".json":
@@ -175,7 +170,11 @@ def _check_complete(folder: Path, files: list[Path]) -> None:
     listed = folder / LIST
     if not listed.is_file():
         return
-    for name, size in json.loads(listed.read_text(encoding="utf-8")).items():
+    try:
+        sizes = json.loads(listed.read_text(encoding="utf-8")).items()
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{listed}: {error}; want {{name of a shard: its bytes}}, as the converter wrote") from error
+    for name, size in sizes:
         found = (folder / name).stat().st_size if folder / name in files else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
@@ -196,7 +195,9 @@ def _members(path: Path) -> tuple[Arrays, str]:
             for member in tar:
                 if not member.isfile() or not _shown(Path(member.name).name):
                     continue
-                found, _ = _split_name(member.name)
+                found, ending = _split_name(member.name)
+                if found.endswith("/") or not ending:
+                    continue  # of no record, as WebDataset has it: README, ._1.json and .DS_Store of a Mac
                 if found != key:
                     firsts.append(len(rows))
                 names += member.name.encode()
@@ -204,7 +205,7 @@ def _members(path: Path) -> tuple[Arrays, str]:
                 key = found
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all headers that it has seen
             # tarfile takes a broken header for the end, which is a block of zeros
-            if _File(path).read(tar.offset, tar.offset + tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            if _read(path, (tar.offset, tarfile.BLOCKSIZE)) != [bytes(tarfile.BLOCKSIZE)]:
                 raise tarfile.ReadError(f"no end after byte {tar.offset}")
     except tarfile.TarError as error:
         raise InputError(f"{path}: the shard is cut or damaged ({error}); bring it back, or leave it out") from error
