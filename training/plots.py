@@ -1,6 +1,7 @@
 """The curves of a run as one PNG."""
 
 from pathlib import Path
+from typing import Any
 
 from training.metrics import read_lines
 
@@ -8,7 +9,7 @@ SMOOTHING = 0.95
 
 
 def plot_curves(metrics: Path, png: Path) -> None:
-    """Loss (raw and smoothed), balance loss and expert-activation entropy of each layer, over steps."""
+    """Loss (raw and smoothed), balance loss and expert-activation entropy of each layer, over steps and stages."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,13 +22,28 @@ def plot_curves(metrics: Path, png: Path) -> None:
     left.plot(steps, smoothed([line["loss"] for line in lines]), color="C0")
     left.set(title="answer loss (nats a token)", xlabel="step", yscale="log")
     for axes, name in ((middle, "balance_loss"), (right, "expert_entropy")):
-        for layer in range(len(lines[0][name])):
+        for layer in range(len(lines[0][name]) if lines else 0):
             axes.plot(steps, smoothed([line[name][layer] for line in lines]), label=f"layer {layer}")
         axes.set(title=name.replace("_", " "), xlabel="step")
-        axes.legend(fontsize="small")
+        if axes.lines:
+            axes.legend(fontsize="small")
+    for axes in (left, middle, right):
+        for step, stage in stage_starts(lines):
+            axes.axvline(step, color="gray", linewidth=0.6, linestyle=":")
+            axes.annotate(stage, (step, 0.02), xycoords=("data", "axes fraction"), fontsize="x-small", rotation=90)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=110)
     pyplot.close(figure)
+
+
+def stage_starts(lines: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """(first step, name) of each stage; none where there is one alone."""
+    changes = [
+        (line["step"], line["stage"])
+        for before, line in zip([None, *lines], lines, strict=False)
+        if before is None or before["stage"] != line["stage"]
+    ]
+    return changes if len(changes) > 1 else []
 
 
 def smoothed(values: list[float]) -> list[float]:

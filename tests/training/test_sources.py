@@ -117,7 +117,7 @@ def test_hidden_files_are_no_records(tmp_path: Path) -> None:
 def test_an_index_of_another_form_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(line("one") + "\n")
-    monkeypatch.setattr("training.data.index.FORM", 1)
+    monkeypatch.setattr("training.data.index.VERSION", 1)
     open_source(path)
     (tmp_path / ".sail-index" / path.name / "blanks.npy").unlink()
     monkeypatch.undo()

@@ -1,0 +1,134 @@
+"""What a run reports: entropy, peaks, lines that a resumed run takes up, TensorBoard, the table and the picture."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tiny_model import tiny_config
+
+from sail_model import SailVL2ForConditionalGeneration
+from training import parallel
+from training.metrics import FlopCount, MetricsLog, activation_entropy, peak_flops, peak_memory, read_lines
+from training.plots import plot_curves, stage_starts
+from training.progress import closing_table, figures
+from training.runlog import METRICS, RunLog
+from training.tensorboard import TensorBoard
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    parallel.start_processes("cpu")
+    yield
+    parallel.stop_processes()
+
+
+def line(step: int, stage: str = "all", layers: int = 2, **changes: Any) -> dict[str, Any]:
+    found = {"step": step, "stage": stage, "loss": 1 / step, "tokens": 100, "seconds": 0.5, "data_wait": 0.01}
+    found |= {"padding": 0.02, "skipped_records": 3, "skipped_steps": 1, "lr": 1e-3}
+    found |= {"balance_loss": [2.0] * layers, "expert_entropy": [0.9] * layers}
+    return {**found, **changes}
+
+
+def test_activation_entropy() -> None:
+    assert activation_entropy(torch.tensor([5, 5, 5, 5])) == pytest.approx(1.0)
+    assert activation_entropy(torch.tensor([9, 0, 0, 0])) == 0.0
+    assert activation_entropy(torch.tensor([5, 5, 0, 0])) == pytest.approx(math.log(2) / math.log(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12), ("NVIDIA H100 80GB HBM3", 989e12), ("A100-SXM4-80GB", 312e12)],
+)
+def test_peaks_of_cards(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops("bfloat16") == peak
+
+
+def test_of_a_cpu_rate_and_memory_are_measured() -> None:
+    assert peak_flops("float32") > 1e8 and peak_memory() > 50e6
+
+
+def test_frozen_parts_cost_less() -> None:
+    def flops(*trained: str) -> float:
+        model = SailVL2ForConditionalGeneration(tiny_config(moe=True))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(trained))
+        return FlopCount(model, model.config).step(tokens=100, labels=10, pairs=1000, tiles=2)
+
+    both = ("vision_model", "mlp1", "language_model")
+    # what is below the lowest trained part needs no backward, what is above it the gradient of its input
+    count = FlopCount(SailVL2ForConditionalGeneration(tiny_config(moe=True)), tiny_config(moe=True))
+    assert count.times == {"vision_model": 3, "mlp1": 3, "language_model": 3}
+    assert flops("mlp1") < flops("vision_model", "mlp1") < flops(*both)
+    assert flops("language_model") < flops(*both)
+
+
+def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    log = MetricsLog(path, keep_steps=0)
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a crash in the middle of a line
+    again = MetricsLog(path, keep_steps=2)
+    again.write({"step": 3, "again": True})
+    again.close()
+    assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, round(event.value, 6)) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_has_the_curves_and_a_resumed_run_draws_them_once(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, keep_steps=0)
+    for step in (1, 2, 3):
+        board.write(line(step))
+    board.close()
+    again = TensorBoard(tmp_path, keep_steps=2)
+    again.write(line(3, loss=7.0))
+    again.close()
+    assert scalars(tmp_path, "training/loss") == [(1, 1.0), (2, 0.5), (3, 7.0)]
+    assert scalars(tmp_path, "balance_loss/layer 1")[0] == (1, 2.0)
+
+
+def test_the_log_of_a_run_and_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, steps=3, done=0, log_every=2, peak_flops=1e6) as log:
+        for step, stage in ((1, "one"), (2, "one"), (3, "two")):
+            log.write(line(step, stage), flops=2e5)
+        log.say("a word")
+        log.end()
+    lines = read_lines(tmp_path / METRICS)
+    assert [found["tokens_per_s"] for found in lines] == [200.0] * 3 and lines[0]["mfu"] == pytest.approx(0.4)
+    shown = capsys.readouterr().out
+    assert "step 2/3  one  loss 0.5000  200 tokens/s  MFU 40.0%" in shown and "a word" in shown
+    assert "step 1/3" not in shown and "step 3/3" in shown
+    assert "3 records, 1 steps" in shown and "peak memory" in shown
+    assert figures(lines[0]).endswith("data 1.0%")
+
+
+def test_a_table_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / METRICS).touch()
+    Console(quiet=True).print(closing_table(tmp_path / METRICS, 0.0))
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_picture_of_stages(layers: int, tmp_path: Path) -> None:
+    lines = [line(step, "one" if step < 3 else "two", layers) for step in range(1, 6)]
+    assert stage_starts(lines) == [(1, "one"), (3, "two")] and stage_starts(lines[:2]) == []
+    (tmp_path / METRICS).write_text("".join(json.dumps(found) + "\n" for found in lines))
+    plot_curves(tmp_path / METRICS, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 200
