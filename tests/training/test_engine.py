@@ -88,8 +88,8 @@ def one_step(module: Any, adam: Any, trained: list[Tensor], recipe: Recipe, step
     for group in adam.param_groups:
         group["lr"] = worker.learning_rate(step) * group["lr_share"]
     adam.step()
-    return {"loss": total.item(), "balance_M": balance_M.tolist(), "grad_norm": norm.item(), "labels": labels,
-            "counts_ME": counts.round().tolist()}  # fmt: skip
+    found = {"loss": total.item(), "balance_M": balance_M.tolist(), "grad_norm": norm.item(), "labels": labels}
+    return found | {"counts_ME": counts.round().tolist()}
 
 
 @pytest.fixture(scope="module")
