@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(
 
 
 def test_a_checkpoint_of_another_model_is_refused(engine: worker.DeepSpeedEngine, folder: Path) -> None:
-    with pytest.raises(InputError, match=r"exp_avg/.*: none elements wanted, stored are \[0, "):
+    with pytest.raises(InputError, match=r"exp_avg/.*: 19200 elements wanted, stored are none"):
         engine.load(folder / "lora-2" / "engine")
 
 
