@@ -88,8 +88,8 @@ def one_step(module: Any, adam: Any, trained: list[Tensor], recipe: Recipe, step
     for group in adam.param_groups:
         group["lr"] = worker.learning_rate(step) * group["lr_share"]
     adam.step()
-    return {"loss": total.item(), "balance_M": balance_M.tolist(), "grad_norm": norm.item(), "labels": labels,
-            "counts_ME": counts.round().tolist()}  # fmt: skip
+    found = {"loss": total.item(), "balance_M": balance_M.tolist(), "grad_norm": norm.item(), "labels": labels}
+    return found | {"counts_ME": counts.round().tolist()}
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(
 
 
 def test_a_checkpoint_of_another_model_is_refused(engine: worker.DeepSpeedEngine, folder: Path) -> None:
-    with pytest.raises(InputError, match=r"exp_avg/.*: none elements wanted, stored are \[0, "):
+    with pytest.raises(InputError, match=r"exp_avg/.*: 19200 elements wanted, stored are none"):
         engine.load(folder / "lora-2" / "engine")
 
 

@@ -19,7 +19,7 @@ from training.assemble import build_config, build_processor, freeze
 from training.data.batch import Batch, collate, lay_out
 from training.data.conversation import Conversation, Picture, Text, Turn
 from training.data.encode import Encoder
-from training.data.sample import IGNORE, PictureSlot, Sample
+from training.data.sample import IGNORE, Branch, PictureSlot, Sample
 from training.evaluate import exact_match
 from training.metrics import FlopCount
 from training.objectives.supervised import Supervised, balance_losses, labeled_logits
@@ -40,6 +40,13 @@ def turns(question: str, answer: str) -> tuple[Turn, ...]:
 def about(picture: Path, questions: Questions) -> Conversation:
     """A conversation of a branch for each question."""
     return Conversation((Turn("user", (Picture(picture),)),), tuple(turns(*pair) for pair in questions))
+
+
+def source_of(record: Conversation) -> Path:
+    """Of its one picture."""
+    part = record.turns[0].parts[0]
+    assert isinstance(part, Picture) and isinstance(part.source, Path)
+    return part.source
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +108,7 @@ def questions_alone(
     logits, learned = [], []
     for record, questions in zip(records, ASKED, strict=True):
         for question in questions:
-            sample = encoder.encode(about(record.turns[0].parts[0].source, (question,)))  # type: ignore[union-attr, arg-type]
+            sample = encoder.encode(about(source_of(record), (question,)))
             ids, labels = (
                 torch.cat([torch.from_numpy(part) for part in parts]).long()
                 for parts in ((sample.ids, sample.branches[0].ids), (sample.labels, sample.branches[0].labels))
@@ -127,7 +134,6 @@ def test_a_packed_question_is_answered_as_if_asked_alone(
     samples = [encoder.encode(record) for record in records]
     rows = [lay_out(row, pixels_of(row, encoder)) for row in (samples[:2], samples[2:])]
     for row in rows:
-        row.runs = [(count, sample, 0) for count, sample, _ in row.runs]
         merged: dict[int, int] = {}
         for count, sample, _ in row.runs:
             merged[sample] = merged.get(sample, 0) + count
@@ -234,8 +240,8 @@ class Given:
 def test_exact_match_is_what_greedy_generation_gives(
     model: SailVL2ForConditionalGeneration, processor: SailVL2Processor, encoder: Encoder, records: list[Conversation]
 ) -> None:
-    picture = records[0].turns[0].parts[0].source  # type: ignore[union-attr]
-    branches, prefix = [], None
+    picture = source_of(records[0])
+    branches: list[Branch] = []
     for n, question in enumerate(("is it red?", "what shape is it?", "is it not round?")):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         chat = [{"role": "system", "content": ""}, {"role": "user", "content": content}]
@@ -244,14 +250,12 @@ def test_exact_match_is_what_greedy_generation_gives(
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
         if n == 1:
             generated[2] = (generated[2] + 1) % model.config.text_config.vocab_size
-        sample = encoder.encode(about(Path(str(picture)), ((question, "yes"),)))
-        prefix = sample
+        sample = encoder.encode(about(picture, ((question, "yes"),)))
         rest = prompt[len(sample.ids) :]
         assert prompt[: len(sample.ids)] == sample.ids.tolist()
         ids, labels = torch.tensor(rest + generated), torch.tensor([IGNORE] * len(rest) + generated)
         branches.append(replace(sample.branches[0], ids=ids.int().numpy(), labels=labels.int().numpy()))
-    assert prefix is not None
-    sample = replace(prefix, branches=tuple(branches))
+    sample = replace(sample, branches=tuple(branches))
     pad_id = processor.tokenizer.pad_token_id
     found = exact_match(model, Given(encoder), [sample, sample], capacity=400, pad_id=pad_id)
     assert found == (4, 6) and found.share == 4 / 6 and model.training
