@@ -75,6 +75,14 @@ def test_text_alone_several_pictures_and_turns() -> None:
     assert read({"messages": [{"role": "assistant", "content": "once upon a time"}]}).turns[0].learn
 
 
+def test_a_system_prompt_beside_the_turns() -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    found = read({"system": "be brief", "conversations": turns, "image": None, "images": []})
+    assert [turn.role for turn in found.turns] == ["system", "user", "assistant"]
+    assert found.turns[0] == Turn("system", (Text("be brief"),))
+    assert read({"system": "", "conversations": turns}) == read({"system": None, "conversations": turns})
+
+
 def test_pictures_beside_a_record_and_in_it() -> None:
     data = base64.b64encode(b"picture").decode()
     for url in (f"data:image/png;base64,{data}", {"url": f"data:;base64,{data}"}):
@@ -127,7 +135,6 @@ def dialogue(question: Any, answer: Any = "a", **more: Any) -> dict[str, Any]:
         (dialogue("q", images=["a.png"]), "1 pictures more than <image>"),
         (dialogue("q", "<image>", images=["a.png"]), "a picture in what the assistant says"),
         (dialogue("<img>"), "holds <img>"),
-        (dialogue("a\ud800"), r"'a\\ud800' holds half a surrogate pair"),
         (dialogue("q", "a<|im_end|>"), r"holds <\|im_end\|>"),
         (dialogue([{"type": "text", "text": "<image>"}]), "holds <image>"),
         (dialogue([{"type": "image", "image": 3}]), "a picture is no path"),
@@ -137,6 +144,10 @@ def dialogue(question: Any, answer: Any = "a", **more: Any) -> dict[str, Any]:
         ({"messages": [{"role": "assistant", "content": "a", "learn": "no"}]}, "learn is 'no'"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, "comes first"),
+        (dialogue("q", video="a.mp4"), "a video file; want its frames"),
+        (dialogue("q", system=3), "3 is no text"),
+        (dialogue("a\ud800"), "half a character"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}]}, "comes first"),
         ({"questions": [["a", "b"]]}, "0 pictures, want one"),
         ({"picture": "a.png", "questions": []}, "at least one question"),
         ({"picture": "a.png", "questions": "ab"}, "at least one question"),

@@ -3,6 +3,7 @@
 - messages: {"messages": [{"role", "content"}]}, content a string or a list of parts, as OpenAI and Hugging Face have
   it; in strings `<image>` takes the next of the record's "images".
 - LLaVA, ShareGPT: {"conversations": [{"from", "value"}], "image": path or list}, `<image>` likewise.
+- LLaMA-Factory's "system" beside either: a system message before the others.
 - questions: {"picture": path, "questions": [[question, answer], ...]}, independent questions about one picture.
 
 A message with "learn": false (or "weight": 0, as OpenAI has it) is not learned; of the others, the assistant's are.
@@ -76,8 +77,12 @@ def _dialogue(
     messages = record[name]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{name} is no list with at least one message")
+    if any(record.get(name) for name in ("video", "videos")):
+        raise ValueError('a video file; want its frames, in a part {"type": "video", "frames": [path, ...]}')
     pictures = Pictures([*_named_pictures(record, folder), *stored])
     turns = tuple(read(message, pictures, folder) for message in messages)
+    if system := record.get("system"):
+        turns = (Turn("system", (words(system),)), *turns)
     pictures.check_all_taken()
     _check_turns(turns)
     return Conversation(turns, where=where)
@@ -198,10 +203,12 @@ def words(text: Any) -> Text:
     """Text without the tokens that stand for something else."""
     if not isinstance(text, str):
         raise ValueError(f"{text!r:.60} is no text")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{text!r:.60} holds half a surrogate pair, which is no character")
     if found := [token for token in (*RESERVED, IMAGE_PLACEHOLDER) if token in text]:
         raise ValueError(f"{text!r:.60} holds {found[0]}, which stands for something else than words")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write it, no tokenizer can read it
+        raise ValueError(f"{text!r:.60} holds half a character: {error.reason}") from error
     return Text(text)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from training.errors import InputError
 
 FOLDER = ".sail-index"
-VERSION = 2  # of what the arrays hold: an index of another version is made anew
+FORM = 2  # of the arrays; an index of another form is made anew
 Arrays = dict[str, NDArray[Any]]
 Build = Callable[[Path], tuple[Arrays, str]]  # arrays, and a digest of what the file holds
 
@@ -29,7 +29,7 @@ class Index:
         if not path.is_file():
             raise InputError(f"{path}: is no file")
         status = path.stat()
-        self._stamp = [VERSION, path.name, status.st_size, status.st_mtime_ns]
+        self._stamp = [FORM, path.name, status.st_size, status.st_mtime_ns]
         places = [path.parent / FOLDER / path.name, _cache(path)]
         if not any(self._read(place) for place in places):
             arrays, digest = build(path)

@@ -67,13 +67,13 @@ class Limited:
 
 
 def open_data(name: str) -> Mixture:
-    """What `name` means: 'easy_vqa', a mixture's .yaml, a .jsonl, a .tar, or a folder. Raises InputError."""
+    """What `name` means: 'easy_vqa', a mixture's .yaml, a .jsonl, a .json, a .tar, or a folder. Raises InputError."""
     if name in NAMES:
         return Mixture((EasyVqa(name),), (1.0,))
     path = Path(name)
     if not path.exists():
         raise InputError(f"data: got {name!r}, want {', '.join(NAMES)}, or a file or folder that exists")
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix.lower() in (".yaml", ".yml"):
         return _read_mixture(path)
     return Mixture((open_source(path),), (1.0,))
 

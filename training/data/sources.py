@@ -1,4 +1,4 @@
-"""Records at random access: JSON lines, folders of them, and WebDataset shards; an index says where each begins.
+"""Records at random access: JSON lines or lists, WebDataset shards, folders of them; an index says where each begins.
 
 The index is mapped into memory, 8 bytes a line, so that 10^6 records cost a process no more than what it touches.
 Nothing but the standard library and numpy is between a record and its bytes.
@@ -16,9 +16,13 @@ import numpy as np
 from training.data.conversation import BadRecord, Conversation
 from training.data.formats import conversation_of
 from training.data.index import Arrays, Index
+from training.data.json_edges import elements, lines
 from training.errors import InputError
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
+LIST = "shards.json"  # of the converter: each shard and its size
+# of a record; RecursionError is deep nesting's
+UNUSABLE = (ValueError, OSError, RecursionError)
 
 
 class Source(Protocol):
@@ -33,10 +37,6 @@ class Source(Protocol):
         """Raises BadRecord."""
 
 
-# what a record that is damaged, or made to do harm, raises while it is read
-_FAULTS = (ValueError, OSError, RecursionError)
-
-
 def _read(path: Path, *spans: tuple[int, int]) -> list[bytes]:
     """The bytes at each (offset, size); fewer where the file is shorter than its index says.
 
@@ -49,26 +49,32 @@ def _read(path: Path, *spans: tuple[int, int]) -> list[bytes]:
         os.close(descriptor)
 
 
-class JsonLines:
-    """A .jsonl file, a record a line; relative paths in it start at its folder."""
+class JsonFile:
+    """A .jsonl file, a record a line, or a .json with a list of records; relative paths in it start at its folder."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
-        self._index = Index(path, _lines)
+        self.path, self.name, self._is_list = path, path.name, path.suffix.lower() == ".json"
+        self._index = Index(path, elements if self._is_list else lines)
         self.fingerprint = {"records": len(self), "sha256": self._index.digest}
 
     def __len__(self) -> int:
         return len(self._index["edges"]) - 1
 
     def conversation(self, number: int) -> Conversation:
-        """The conversation of line `number` + 1."""
+        """The conversation of the `number`-th line that is not blank, or of the list's `number`-th entry."""
         start, stop = (int(edge) for edge in self._index["edges"][number : number + 2])
-        where = f"{self.path}: line {number + 1}"
+        where = f"{self.path}: {self._place(number)}"
         try:
-            (line,) = _read(self.path, (start, stop - start))
-            return conversation_of(json.loads(line), self.path.parent, where)
-        except _FAULTS as error:
+            (text,) = _read(self.path, (start, stop - start))
+            record = json.loads(text.rstrip(b", \t\r\n") if self._is_list else text)
+            return conversation_of(record, self.path.parent, where)
+        except UNUSABLE as error:
             raise BadRecord(where, str(error)) from error
+
+    def _place(self, number: int) -> str:
+        if self._is_list:
+            return f"entry {number + 1}"
+        return f"line {number + 1 + int(np.searchsorted(self._index['blanks'], number, side='right'))}"
 
 
 class Shard:
@@ -89,7 +95,7 @@ class Shard:
         where = f"{self.path}: {_split_name(names[0])[0]}"
         try:
             return self._conversation(names, self._index["members"][first:last, :2].tolist(), where)
-        except _FAULTS as error:
+        except UNUSABLE as error:
             raise BadRecord(where, str(error)) from error
 
     def _name(self, member: int) -> str:
@@ -132,19 +138,26 @@ class Folder:
 
 
 def open_source(path: Path) -> Source:
-    """A .jsonl file, a .tar shard, or a folder of either. Raises InputError for all else, and where no record is in."""
+    """A .jsonl or .json file, a .tar shard, a folder of .jsonl and .tar. InputError for all else."""
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".tar"))
+        files = sorted(
+            file for file in path.iterdir() if file.suffix.lower() in (".jsonl", ".tar") and _shown(file.name)
+        )
         if not files:
-            raise InputError(f"{path}: no .jsonl and no .tar in it; Parquet is converted once: training.data.convert")
+            raise InputError(
+                f"{path}: no .jsonl and no .tar in it; Parquet is converted once: python -m training.data.convert"
+            )
         _check_complete(path, files)
         source: Source = Folder(path, [open_source(file) for file in files])
-    elif path.suffix == ".jsonl":
-        source = JsonLines(path)
-    elif path.suffix == ".tar":
+    elif path.suffix.lower() in (".jsonl", ".json"):
+        source = JsonFile(path)
+    elif path.suffix.lower() == ".tar":
         source = Shard(path)
     else:
-        raise InputError(f"{path}: want a .jsonl file, a .tar shard, or a folder of them")
+        raise InputError(
+            f"{path}: want a .jsonl file, a .json list, a .tar shard, or a folder of lines or shards;"
+            " Parquet and Arrow are converted once: python -m training.data.convert"
+        )
     if not len(source):
         raise InputError(f"{path}: no records")
     return source
@@ -152,7 +165,7 @@ def open_source(path: Path) -> Source:
 
 def _check_complete(folder: Path, files: list[Path]) -> None:
     """Where the converter left a list of shards, all of them must be there, and as long as it says."""
-    listed = folder / "shards.json"
+    listed = folder / LIST
     if not listed.is_file():
         return
     try:
@@ -168,18 +181,6 @@ def _check_complete(folder: Path, files: list[Path]) -> None:
             )
 
 
-def _lines(path: Path) -> tuple[Arrays, str]:
-    """Where lines begin, and where the last one ends; SHA-256 of the file."""
-    edges, position, digest = [np.zeros(1, np.int64)], 0, hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-            edges.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position + 1)
-            position += len(block)
-    found = np.concatenate(edges)
-    return {"edges": found if found[-1] == position else np.append(found, position)}, digest.hexdigest()
-
-
 def _members(path: Path) -> tuple[Arrays, str]:
     """The files in a tar (offset, size, end of their names in `names`) and the first of each record; SHA-256 of these.
 
@@ -190,11 +191,11 @@ def _members(path: Path) -> tuple[Arrays, str]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                if not member.isfile() or not _shown(Path(member.name).name):
                     continue
                 found, ending = _split_name(member.name)
-                if found.endswith("/") or not ending:
-                    continue  # of no record, as WebDataset has it: README, ._1.json and .DS_Store of a Mac
+                if not ending:
+                    continue  # of no record, as WebDataset has it: README
                 if found != key:
                     firsts.append(len(rows))
                 names += member.name.encode()
@@ -213,6 +214,11 @@ def _members(path: Path) -> tuple[Arrays, str]:
         "firsts": np.array([*firsts, len(rows)], np.int64),
     }
     return arrays, hashlib.sha256(bytes(names) + members[:, 1].tobytes()).hexdigest()
+
+
+def _shown(name: str) -> bool:
+    """Not hidden: macOS leaves a ._x beside each x."""
+    return not name.startswith(".")
 
 
 def _split_name(name: str) -> tuple[str, str]:
