@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from training.data import index
 from training.data.conversation import BadRecord, Picture, Text
 from training.data.index import Index
 from training.data.sources import open_source
@@ -151,8 +150,8 @@ def test_there_may_be_more_files_than_a_process_may_hold_open(tmp_path: Path) ->
     for number in range(3):
         write_shard(tmp_path / f"{number}.tar", [("one", {"json": shown(0)})])
         (tmp_path / f"{number}.jsonl").write_text(line("q"))
-    source = open_source(tmp_path)
     opened = os.listdir("/proc/self/fd")
+    source = open_source(tmp_path)
     assert [words(source, number) for number in range(6)] == ["q"] * 6
     assert os.listdir("/proc/self/fd") == opened
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from training.errors import InputError
@@ -51,11 +52,7 @@ class Index:
         return True
 
     def _map(self) -> None:
-        # an empty file cannot be mapped
-        paths = {name: self._place / f"{name}.npy" for name in self._names}
-        self._arrays = {
-            name: np.load(path, mmap_mode="r" if self._names[name] else None) for name, path in paths.items()
-        }
+        self._arrays = {name: _mapped(self._place / f"{name}.npy") for name in self._names}
 
     def _write(self, place: Path, arrays: Arrays, digest: str) -> bool:
         try:
@@ -78,6 +75,18 @@ class Index:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map()
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """The array in a .npy file. numpy's mapping keeps the file open; a data set has more shards than a process may."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        begin, size = file.tell(), os.fstat(file.fileno()).st_size
+    held = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    found: NDArray[Any] = held[begin:].view(dtype).reshape(shape)
+    found.flags.writeable = False
+    return found
 
 
 def _cache(path: Path) -> Path:
