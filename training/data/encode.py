@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sail_model import SailVL2Processor
 from sail_model.images import load_image
-from sail_model.tokenizer import IMAGE_END, TURN_END
+from sail_model.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END
 from training.data.conversation import BadRecord, Conversation, Picture, Text, Turn
 from training.data.mixture import Mixture
 from training.data.sample import IGNORE, Branch, Ids, PictureSlot, Sample
@@ -34,6 +34,7 @@ class Encoder:
     def __init__(self, processor: SailVL2Processor, max_tiles: int | None = None) -> None:
         self.processor, self.max_tiles = processor, max_tiles
         pictures = processor.image_processor
+        self.image_token = int(processor.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT))
         self.image_end = int(processor.tokenizer.convert_tokens_to_ids(IMAGE_END))
         self.patch_tokens = processor.tokens_per_tile
         self.tile_shape = (3, pictures.image_size, pictures.image_size)
@@ -81,26 +82,36 @@ class Encoder:
             pictures += shown
             head = self._tokenize(f"{TURN_START}{turn.role}\n")
             if turn.learn:
-                learned = self._tokenize(content + TURN_END)
+                learned = self._expanded(self._tokenize(content + TURN_END), shown)
                 ids += head + learned
                 labels += [IGNORE] * len(head) + learned
             else:
-                given = self._tokenize(f"{TURN_START}{turn.role}\n{content}{TURN_END}")
+                given = self._expanded(self._tokenize(f"{TURN_START}{turn.role}\n{content}{TURN_END}"), shown)
                 ids += given
                 labels += [IGNORE] * len(given)
         return np.array(ids, np.int32), np.array(labels, np.int32), tuple(pictures)
 
     def _content(self, turn: Turn, slots: dict[int, PictureSlot]) -> tuple[str, list[PictureSlot]]:
-        """A turn's text, pictures as the image tokens they take, as the chat template and the processor write it."""
+        """A turn's text as the chat template has it, with one image token for each picture: see `_expanded`."""
         text, pictures = "", []
         for part in turn.parts:
             if isinstance(part, Text):
                 text += part.text
             else:
                 slot = slots[id(part)]
-                text += self.processor.image_span(slot.tiles) + "\n"
+                text += f"{IMAGE_START}{IMAGE_CONTEXT}{IMAGE_END}\n"
                 pictures.append(slot)
         return text, pictures
+
+    def _expanded(self, ids: list[int], pictures: Sequence[PictureSlot]) -> list[int]:
+        """The tokens with each image token as often as its picture takes it; tokenizing them all takes ms."""
+        found: list[int] = []
+        start = 0
+        for picture in pictures:
+            place = ids.index(self.image_token, start)
+            found += ids[start:place] + [self.image_token] * picture.tokens
+            start = place + 1
+        return found + ids[start:]
 
     def _tokenize(self, text: str) -> list[int]:
         return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._tokens(text)
