@@ -1,7 +1,6 @@
 """A conversation's tokens are those of the model's own chat format; learned are the assistant's words and turn ends."""
 
 import io
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +87,12 @@ def test_an_answer_follows_the_tokens_that_generation_is_prompted_with() -> None
         assert sample.labels[sample.labels != IGNORE].tolist() == learned
 
 
-def test_memory_of_texts_is_bounded(processor: SailVL2Processor) -> None:
-    """Questions are remembered, long texts are not: a million different dialogues would fill the memory."""
+def test_long_texts_do_not_fill_memory(processor: SailVL2Processor) -> None:
     encoder = Encoder(processor)
-    tracemalloc.start()
-    try:
-        for number in range(300):
-            asked = messages(("user", "is it red?"), ("assistant", f"{number} " + "red or blue? " * 20))
-            encoder.encode(conversation_of({"messages": asked}, None, "here"))
-        kept, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert kept < 300 * 260, "less than a byte for each letter that was read"
+    for words in ("yes", "yes " * 100):
+        sample = encoder.encode(Conversation((Turn("assistant", (Text(words),), learn=True),)))
+        assert processor.tokenizer.decode(sample.ids).endswith(f"{words}<|im_end|>")
+    assert encoder._cached.cache_info().currsize == 2, "a head and a short answer"
 
 
 def test_what_is_not_to_be_learned_is_the_same_tokens(processor: SailVL2Processor) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from training.data import index
 from training.data.conversation import BadRecord, Picture, Text
 from training.data.index import Index
 from training.data.sources import open_source
@@ -100,7 +99,7 @@ def test_lines_that_no_tokenizer_or_stack_can_take_are_bad_records(tmp_path: Pat
     path = tmp_path / "a.jsonl"
     path.write_text(line("x").replace("x", "\\ud800") + "\n" + "[" * 100_000 + "\n" + line("good"))
     source = open_source(path)
-    for number, wrong in ((0, "half a surrogate pair"), (1, "line 2: .*recursion")):
+    for number, wrong in ((0, "half a character"), (1, "line 2: .*recursion")):
         with pytest.raises(BadRecord, match=wrong):
             source.conversation(number)
     assert words(source, 2) == "good"
@@ -117,7 +116,7 @@ def test_hidden_files_are_no_records(tmp_path: Path) -> None:
 def test_an_index_of_another_form_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(line("one") + "\n")
-    monkeypatch.setattr("training.data.index.VERSION", 1)
+    monkeypatch.setattr("training.data.index.FORM", 1)
     open_source(path)
     (tmp_path / ".sail-index" / path.name / "blanks.npy").unlink()
     monkeypatch.undo()
@@ -151,8 +150,8 @@ def test_there_may_be_more_files_than_a_process_may_hold_open(tmp_path: Path) ->
     for number in range(3):
         write_shard(tmp_path / f"{number}.tar", [("one", {"json": shown(0)})])
         (tmp_path / f"{number}.jsonl").write_text(line("q"))
-    source = open_source(tmp_path)
     opened = os.listdir("/proc/self/fd")
+    source = open_source(tmp_path)
     assert [words(source, number) for number in range(6)] == ["q"] * 6
     assert os.listdir("/proc/self/fd") == opened
 
@@ -232,9 +231,6 @@ def test_the_index_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Index, "_write", counted)
     assert open_source(path).fingerprint == before and not built
-    monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
-    assert open_source(path).fingerprint == before and built, "an index of another version means something else"
-    built.clear()
     path.write_text(line("one") + "\n" + line("two") + "\n")
     assert len(open_source(path)) == 2 and built
     (tmp_path / "moved").mkdir()

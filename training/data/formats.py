@@ -203,10 +203,12 @@ def words(text: Any) -> Text:
     """Text without the tokens that stand for something else."""
     if not isinstance(text, str):
         raise ValueError(f"{text!r:.60} is no text")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{text!r:.60} holds half a surrogate pair, which is no character")
     if found := [token for token in (*RESERVED, IMAGE_PLACEHOLDER) if token in text]:
         raise ValueError(f"{text!r:.60} holds {found[0]}, which stands for something else than words")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write it, no tokenizer can read it
+        raise ValueError(f"{text!r:.60} holds half a character: {error.reason}") from error
     return Text(text)
 
 

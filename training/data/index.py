@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from training.errors import InputError
 
 FOLDER = ".sail-index"
-VERSION = 2  # of what the arrays hold: an index of another version is made anew
+FORM = 2  # of the arrays; an index of another form is made anew
 Arrays = dict[str, NDArray[Any]]
 Build = Callable[[Path], tuple[Arrays, str]]  # arrays, and a digest of what the file holds
 
@@ -29,7 +30,7 @@ class Index:
         if not path.is_file():
             raise InputError(f"{path}: is no file")
         status = path.stat()
-        self._stamp = [VERSION, path.name, status.st_size, status.st_mtime_ns]
+        self._stamp = [FORM, path.name, status.st_size, status.st_mtime_ns]
         places = [path.parent / FOLDER / path.name, _cache(path)]
         if not any(self._read(place) for place in places):
             arrays, digest = build(path)
@@ -51,11 +52,7 @@ class Index:
         return True
 
     def _map(self) -> None:
-        # an empty file cannot be mapped
-        paths = {name: self._place / f"{name}.npy" for name in self._names}
-        self._arrays = {
-            name: np.load(path, mmap_mode="r" if self._names[name] else None) for name, path in paths.items()
-        }
+        self._arrays = {name: _mapped(self._place / f"{name}.npy") for name in self._names}
 
     def _write(self, place: Path, arrays: Arrays, digest: str) -> bool:
         try:
@@ -78,6 +75,18 @@ class Index:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map()
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """The array in a .npy file. numpy's mapping keeps the file open; a data set has more shards than a process may."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        begin, size = file.tell(), os.fstat(file.fileno()).st_size
+    held = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    found: NDArray[Any] = held[begin:].view(dtype).reshape(shape)
+    found.flags.writeable = False
+    return found
 
 
 def _cache(path: Path) -> Path:

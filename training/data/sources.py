@@ -21,6 +21,8 @@ from training.errors import InputError
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
 LIST = "shards.json"  # of the converter: each shard and its size
+# of a record; RecursionError is deep nesting's
+UNUSABLE = (ValueError, OSError, RecursionError)
 
 
 class Source(Protocol):
@@ -33,10 +35,6 @@ class Source(Protocol):
 
     def conversation(self, number: int) -> Conversation:
         """Raises BadRecord."""
-
-
-# what a record that is damaged, or made to do harm, raises while it is read
-_FAULTS = (ValueError, OSError, RecursionError)
 
 
 def _read(path: Path, *spans: tuple[int, int]) -> list[bytes]:
@@ -70,7 +68,7 @@ class JsonFile:
             (text,) = _read(self.path, (start, stop - start))
             record = json.loads(text.rstrip(b", \t\r\n") if self._is_list else text)
             return conversation_of(record, self.path.parent, where)
-        except _FAULTS as error:
+        except UNUSABLE as error:
             raise BadRecord(where, str(error)) from error
 
     def _place(self, number: int) -> str:
@@ -97,7 +95,7 @@ class Shard:
         where = f"{self.path}: {_split_name(names[0])[0]}"
         try:
             return self._conversation(names, self._index["members"][first:last, :2].tolist(), where)
-        except _FAULTS as error:
+        except UNUSABLE as error:
             raise BadRecord(where, str(error)) from error
 
     def _name(self, member: int) -> str:
@@ -196,8 +194,8 @@ def _members(path: Path) -> tuple[Arrays, str]:
                 if not member.isfile() or not _shown(Path(member.name).name):
                     continue
                 found, ending = _split_name(member.name)
-                if found.endswith("/") or not ending:
-                    continue  # of no record, as WebDataset has it: README, ._1.json and .DS_Store of a Mac
+                if not ending:
+                    continue  # of no record, as WebDataset has it: README
                 if found != key:
                     firsts.append(len(rows))
                 names += member.name.encode()
