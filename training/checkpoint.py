@@ -28,6 +28,7 @@ LATEST = "latest"
 TRAINER = "trainer.json"
 MODEL = "model"
 LOCK = ".lock"
+WRITING = ".writing-"
 PACKAGES = ("torch", "transformers", "deepspeed", "sail-ops")
 KEYS = {"stage", "step", "total", "plan", "feed", "bad", "not_finite", "peak", "adalrs", "world", "data", "versions"}
 
@@ -146,13 +147,13 @@ def publish(root: Path, step: int, state: dict[str, Any], write: Callable[[Path]
         replace_file(root / LATEST, final.name + "\n")
         _remove_old(root, keep)
 
-    write_from_ranks(root / f".writing-{step_name(step)}", write, complete)
+    write_from_ranks(root / f"{WRITING}{step_name(step)}", write, complete)
     return final
 
 
 def replace_from_ranks(final: Path, write: Callable[[Path], None]) -> None:
     """`final`, made anew by all ranks: what it held before stays until all is written. Raises NotSaved."""
-    write_from_ranks(final.with_name(f".writing-{final.name}"), write, lambda folder: replace_folder(folder, final))
+    write_from_ranks(final.with_name(f"{WRITING}{final.name}"), write, lambda folder: replace_folder(folder, final))
 
 
 def write_from_ranks(folder: Path, write: Callable[[Path], None], complete: Callable[[Path], None]) -> None:
@@ -170,7 +171,8 @@ def write_from_ranks(folder: Path, write: Callable[[Path], None], complete: Call
         if found := [reason for reason in parallel.gather_objects(failed) if reason]:
             if parallel.is_first():
                 shutil.rmtree(folder, ignore_errors=True)
-            raise NotSaved(f"{folder.parent}: a checkpoint could not be written: {'; '.join(found)}")
+            final = folder.with_name(folder.name.removeprefix(WRITING))
+            raise NotSaved(f"{final}: could not be written: {'; '.join(found)}")
 
 
 def _fresh(folder: Path) -> None:
@@ -224,5 +226,5 @@ def _remove_old(root: Path, keep: int) -> None:
     for path in steps[:-keep] if keep else []:
         if path != newest:
             path.rename(root / f".old-{path.name}")  # half removed, it must not look like a checkpoint
-    for leftover in [*root.glob(".writing-*"), *root.glob(".old-*")]:
+    for leftover in [*root.glob(f"{WRITING}*"), *root.glob(".old-*")]:
         shutil.rmtree(leftover, ignore_errors=True)  # the next checkpoint tries again

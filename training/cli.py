@@ -13,6 +13,7 @@ import yaml
 from training import checkpoint, parallel
 from training.catalog import CATALOG
 from training.errors import InputError
+from training.faults import lost_process, report_end
 from training.interrupt import Interrupted
 from training.recipes import Recipe, read_recipe, resumed
 
@@ -163,16 +164,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except RuntimeError as error:
         if not parallel.is_lost(error):
             raise
-        status, text = os.EX_TEMPFAIL, f"error: {_lost(error)}"
-    if text and parallel.reports_first():
-        print(text, file=sys.stderr, flush=True)
+        status, text = os.EX_TEMPFAIL, lost_process(error)
+    if text:
+        report_end(text)
     parallel.stop_processes()
     sys.exit(status)
-
-
-def _lost(error: RuntimeError) -> str:
-    reason = str(error).splitlines()[0]
-    return (
-        f"process {os.environ.get('RANK', '0')}: another process of this run has ended or does not answer ({reason});"
-        f" --resume goes on from the last checkpoint"
-    )

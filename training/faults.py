@@ -1,8 +1,12 @@
-"""What a run lives with, up to a limit: records that cannot be used, and steps whose loss or gradient is not finite."""
+"""What a run lives with, up to a limit, bad records and steps that are not finite; and what ends it: a lost process."""
 
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from training import parallel
 from training.errors import InputError
 
 SHOWN = 20  # messages about bad records, before only their number grows
@@ -71,3 +75,29 @@ class NotFinite:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting."""
         self.total, self.in_a_row = state["total"], state["in_a_row"]
+
+
+def report_end(text: str) -> None:
+    """Why this process ends, on stderr, unless a process of the run has said so already."""
+    if parallel.reports_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def lost_process(error: RuntimeError) -> str:
+    """What to say of a collective that failed because another process is gone."""
+    reason = str(error).splitlines()[0].split(". ")[0]  # gloo adds advice
+    return (
+        f"error: process {os.environ.get('RANK', '0')}: another process of this run has ended or does not answer"
+        f" ({reason}); --resume goes on from the last checkpoint"
+    )
+
+
+@contextmanager
+def reporting_a_lost_process() -> Iterator[None]:
+    """At once, while signals are watched for: torchrun's SIGTERM to those that are left comes in the same moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if parallel.is_lost(error):
+            report_end(lost_process(error))
+        raise

@@ -91,7 +91,10 @@ class FlopCount:
 
 
 class MetricsLog:
-    """Appends one JSON object a step to a file; a resumed run first drops the lines after its checkpoint."""
+    """Appends one JSON object a step to a file; a resumed run first drops the lines after its checkpoint.
+
+    What a full disk does not take waits for the next line.
+    """
 
     def __init__(self, path: Path, *, keep_steps: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,16 +102,21 @@ class MetricsLog:
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         aside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file, self._waiting = path.open("ab", buffering=0), b""
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line, flushed at once: a run that dies leaves its curve."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """One line, written at once: a run that dies leaves its curve. Raises OSError where the disk is full."""
+        self._waiting += json.dumps(values).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what waits and close the file. Raises OSError where lines are lost."""
+        with self._file:
+            self._flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

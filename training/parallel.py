@@ -23,6 +23,7 @@ class Kind(NamedTuple):
 
 KINDS = {kind.name: kind for kind in (Kind("cuda", "nccl"), Kind("npu", "hccl"), Kind("cpu", "gloo"))}
 _chosen: Kind | None = None
+_reported = False
 
 
 def choose(name: str | None = None) -> Kind:
@@ -83,8 +84,8 @@ def _free_port() -> int:
 
 def stop_processes() -> None:
     """Leave the group."""
-    global _chosen
-    _chosen = None
+    global _chosen, _reported
+    _chosen, _reported = None, False
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -97,6 +98,10 @@ def is_lost(error: BaseException) -> bool:
 
 def reports_first() -> bool:
     """Whether no process of this run has said yet why it ends: what others say after that are only consequences."""
+    global _reported
+    if _reported:
+        return False
+    _reported = True
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"  # nothing was done that could fail on one process alone
     try:

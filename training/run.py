@@ -1,6 +1,5 @@
 """Train by a plan: one stage after the other, from random weights, a folder or a checkpoint; then write the model."""
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -113,11 +112,14 @@ def prepare(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> nn.Module
 
 
 def export(parts: Parts, weights: dict[str, Tensor] | None, folder: Path) -> None:
-    """Model and processor in Hugging Face's layout; a folder of that name is replaced once all is written."""
-    if parallel.is_first():
-        writing = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(writing, ignore_errors=True)
-        parts.model.save_pretrained(writing, state_dict=weights)
-        parts.processor.save_pretrained(writing)
-        checkpoint.replace_folder(writing, folder)
-    parallel.barrier()
+    """Model and processor in Hugging Face's layout; a folder of that name is replaced once all is written.
+
+    Raises checkpoint.NotSaved.
+    """
+
+    def write(writing: Path) -> None:
+        if parallel.is_first():
+            parts.model.save_pretrained(writing, state_dict=weights)
+            parts.processor.save_pretrained(writing)
+
+    checkpoint.replace_from_ranks(folder, write)

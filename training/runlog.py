@@ -37,16 +37,27 @@ class RunLog:
         self._progress.__exit__(kind, value, trace)
         for log in (self._metrics, self._board):
             if log is not None:
-                log.close()
+                try:
+                    log.close()
+                except OSError as error:
+                    self.say(f"{self.out}: the last steps are not in {METRICS} or {TENSORBOARD}: {error}")
 
     def write(self, line: dict[str, Any], flops: float) -> None:
         """One step's line, with tokens/s and MFU made from its `tokens`, `seconds` and `flops`."""
         line["tokens_per_s"] = line["tokens"] / line["seconds"]
         line["mfu"] = flops / line["seconds"] / self.peak_flops
         self._progress.update(line)
-        if self._metrics is not None and self._board is not None:
-            self._metrics.write(line)
-            self._board.write(line)
+        if self._metrics is not None:
+            try:
+                self._metrics.write(line)
+            except OSError as error:
+                self.say(f"step {line['step']}: {METRICS}: {error}; its lines wait for room, training goes on")
+        if self._board is not None:
+            try:
+                self._board.write(line)
+            except OSError as error:
+                self._board = None
+                self.say(f"step {line['step']}: {TENSORBOARD}: {error}; training goes on without it")
 
     def say(self, text: str) -> None:
         """One line above the bar."""

@@ -15,7 +15,7 @@ from training.assemble import Parts
 from training.data.loader import LoadedStep, StreamLoader, WorkerDied
 from training.engines.engine import Engine, StepResult
 from training.errors import InputError
-from training.faults import BadRecords, NotFinite
+from training.faults import BadRecords, NotFinite, reporting_a_lost_process
 from training.interrupt import SIGNALS, Interrupted, Watch
 from training.metrics import FlopCount, activation_entropy
 from training.recipes import Recipe
@@ -80,7 +80,7 @@ class Trainer:
         On SIGINT or SIGTERM every rank ends the same step, a checkpoint is written, and Interrupted is raised. Raises
         InputError, after a checkpoint, where too many records or steps in a row cannot be used.
         """
-        with Watch() as watch:
+        with Watch() as watch, reporting_a_lost_process():
             while self.step < self.recipe.steps:
                 with self._saving_first():
                     loaded = self._load()

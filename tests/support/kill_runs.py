@@ -28,7 +28,9 @@ from training.metrics import read_lines
 MARK = "SAIL_KILL_RUN"  # in the environment of every process of a start
 VICTIMS = ("rank 0", "rank 1", "loader worker", "torchrun")
 LIMIT = 300.0  # seconds that a start may take on a busy machine
-ENDING = 90.0  # seconds that the others may take to end: torchrun waits 30, a loader worker looks for its parent every 5
+ENDING = (
+    90.0  # seconds that the others may take to end: torchrun waits 30, a loader worker looks for its parent every 5
+)
 MESSAGES = ("another process of this run", "a worker process died", "stopped by SIGHUP", "stopped by SIGTERM")
 
 
@@ -58,6 +60,7 @@ class Start:
     def __init__(self, plan: Path, out: Path) -> None:
         self.out, self.writing = out, out / checkpoint.FOLDER
         self.found = checkpoint.latest(self.writing)
+        self.begins = 0 if self.found is None else checkpoint.read_state(self.found)["total"]
         chosen = ["--config", plan, "--out", out] if self.found is None else ["--resume", out]
         self.lines, self.mark = self._lines(), uuid.uuid4().hex
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -79,11 +82,8 @@ class Start:
             return True
         if moment.when == "save":
             return any(self.writing.glob(".writing-step-*"))
-        if not self.alive("rank 0"):
-            return False
         # a start from a checkpoint first drops the lines behind it
-        begins = 0 if self.found is None else checkpoint.read_state(self.found)["total"]
-        return begins + moment.steps <= self._lines() != self.lines
+        return self.begins + moment.steps <= self._lines() != self.lines
 
     def alive(self, victim: str = "") -> list[psutil.Process]:
         """The processes of this start, or those that `victim` means."""
@@ -149,6 +149,7 @@ def wait_until(reached: Callable[[], object], limit: float, start: Start) -> Non
 
 def kill(start: Start, moment: Moment, chance: random.Random) -> dict[str, Any]:
     """Wait for the moment, kill; what then happened. "completed" where the run ended before its moment came."""
+
     def come() -> bool:
         return start.process.poll() is not None or start.reached(moment)
 

@@ -1,36 +1,41 @@
-"""Checkpoints are whole or not there; recipes, flags, schedule and metrics keep a resumed run on its curve."""
+"""Checkpoints are whole or not there; what is damaged is said; schedule, metrics and signals of a resumed run."""
 
-import importlib
 import json
 import math
+import os
 import signal
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from tiny_trainer import DATA, OneWeight, tiny_trainer
 
-from training import checkpoint, cli
-from training.assemble import assemble
+from training import checkpoint, cli, interrupt, parallel
 from training.errors import InputError
 from training.interrupt import Watch
 from training.metrics import MetricsLog, activation_entropy, read_lines
-from training.recipes import Recipe, resumed
+from training.recipes import Recipe
 from training.schedule import cosine_with_warmup
 
 
-def nothing() -> None:
-    pass
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> Iterator[None]:
+    """One process is all there are."""
+    with patch.dict(os.environ):
+        parallel.start_processes("cpu")
+        yield
+        parallel.stop_processes()
 
 
 def publish(root: Path, step: int, write: Callable[[Path], None] | None = None, keep: int = 2) -> Path:
     def default(folder: Path) -> None:
         (folder / "weights").write_text(f"weights of step {step}")
 
-    state = {"step": step, "world": 1, "recipe": Recipe().as_dict()}
-    return checkpoint.publish(root, step, state, write or default, is_first=True, barrier=nothing, keep=keep)
+    state = {**dict.fromkeys(checkpoint.KEYS), "step": step, "total": step, "plan": [Recipe().as_dict()]}
+    return checkpoint.publish(root, step, state, write or default, keep=keep)
 
 
 def weights(root: Path) -> str:
@@ -51,6 +56,47 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         publish(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+
+
+def test_the_first_checkpoint_is_found_without_its_pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two renames: neither is it lost, nor does the folder refuse both --out and --resume."""
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path, 1)
+    assert not (tmp_path / "latest").exists() and weights(tmp_path) == "weights of step 1"
+
+
+def test_a_kill_in_the_first_checkpoint_leaves_a_folder_that_can_be_used_anew(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / ".writing-step-00000003").mkdir(parents=True)
+    made = cli.parser("training", "", out="runs/none", recipe="sft")
+    assert cli.read(made, ["--out", str(tmp_path / "run")]).start is None
+    publish(tmp_path / "run" / "checkpoints", 3)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    with pytest.raises(InputError, match="holds checkpoints; give --resume"):
+        cli.read(made, ["--out", str(tmp_path / "run")])
+
+
+def test_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, 1, keep=1)
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+    publish(tmp_path, 2, keep=1)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
+
+
+def test_one_run_at_a_time_writes_in_a_folder(tmp_path: Path) -> None:
+    with checkpoint.only_run_in(tmp_path / "run"):
+        with (
+            pytest.raises(InputError, match="--out: .*run: another run writes in it"),
+            checkpoint.only_run_in(tmp_path / "run"),
+        ):
+            pass
+    with checkpoint.only_run_in(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.parametrize("moment", ["write", "flush", "rename", "pointer"])
@@ -108,149 +154,45 @@ def test_a_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
         checkpoint.latest(tmp_path)
 
 
-# ---- recipes and flags
-@pytest.mark.parametrize(
-    ("field", "value", "wanted"),
-    [
-        ("steps", 0, "more than 0"),
-        ("lr", -1.0, "more than 0"),
-        ("warmup", -1, "0 or more"),
-        ("dtype", "int8", "'float32', 'bfloat16'"),
-        ("zero_stage", 3, "0, 2"),
-        ("data", "nowhere.jsonl", "a file that exists"),
-    ],
-)
-def test_recipe_names_field_value_and_what_is_wanted(field: str, value: object, wanted: str) -> None:
-    with pytest.raises(InputError, match=f"Recipe: {field}: got {value!r}, want.*{wanted}"):
-        Recipe(**{field: value})
-
-
-def read(*arguments: str) -> tuple[Recipe, Path, Path | None]:
-    return cli.read(cli.parser("training", "", out="runs/none"), arguments)
-
-
-def test_every_field_of_the_recipe_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        read("--help")
-    shown = capsys.readouterr().out
-    assert end.value.code == 0
-    assert all("--" + entry.name.replace("_", "-") in shown for entry in fields(Recipe))
-
-
-def test_flags_override_fields() -> None:
-    recipe, out, start = read("--steps", "7", "--lr", "1e-4", "--no-offload", "--dtype", "bfloat16", "--out", "here")
-    assert recipe == Recipe(steps=7, lr=1e-4, offload=False, dtype="bfloat16")
-    assert out == Path("here") and start is None
-
-
-@pytest.mark.parametrize("wrong", [["--stepz", "1"], ["--steps", "many"], ["--zero-stage", "x"], ["--dtype", "int8"]])
-def test_bad_flags_end_with_usage(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        read(*wrong)
-    assert end.value.code == 2 and wrong[0] in capsys.readouterr().err
-
-
-def test_resume_takes_recipe_and_folder_of_the_run(tmp_path: Path) -> None:
-    written = publish(tmp_path / "checkpoints", 4)
-    recipe, out, start = read("--resume", str(tmp_path), "--save-every", "3")
-    assert (recipe, out, start) == (Recipe(save_every=3), tmp_path, written)
-
-
-def test_the_help_of_model_names_a_table_that_exists() -> None:
-    (text,) = (entry.metadata["help"] for entry in fields(Recipe) if entry.name == "model")
-    module, table = text.split()[-1].rsplit(".", 1)
-    assert Recipe().model in getattr(importlib.import_module(module), table)
-
-
-def test_resume_refuses_what_would_bend_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(tmp_path / "checkpoints", 4)
-    with pytest.raises(InputError, match="--resume: lr: the checkpoint was trained with 0.001, got 0.5"):
-        read("--resume", str(tmp_path), "--lr", "0.5")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="written by 1 processes, this run has 2"):
-        read("--resume", str(tmp_path))
-
-
-def test_a_run_folder_is_not_written_over(tmp_path: Path) -> None:
-    publish(tmp_path / "checkpoints", 4)
-    with pytest.raises(InputError, match="holds checkpoints"):
-        read("--out", str(tmp_path))
-
-
-def test_the_default_folder_is_the_next_free_one(tmp_path: Path) -> None:
-    made = cli.parser("training", "", out=str(tmp_path / "run"))
-    assert cli.read(made, [])[1] == tmp_path / "run"
-    publish(tmp_path / "run" / "checkpoints", 1)
-    publish(tmp_path / "run-2" / "checkpoints", 1)
-    assert cli.read(made, [])[1] == tmp_path / "run-3"
-
-
-def test_unknown_fields_of_a_checkpoint_are_an_error() -> None:
-    with pytest.raises(InputError, match="--resume: .*colour"):
-        resumed({**Recipe().as_dict(), "colour": 1}, {})
-
-
-# ---- what gives the numbers their meaning
-QUESTIONS = [["what color is it", "red"], ["is there a circle", "yes"]]
-PICTURES = ("a.png", "b.png")
-
-
-def write_data(path: Path, questions: list[list[str]] = QUESTIONS, pictures: tuple[str, ...] = PICTURES) -> Recipe:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps({"picture": name, "questions": questions}) + "\n" for name in pictures))
-    return Recipe(data=str(path))
-
-
-def publish_parts(root: Path, recipe: Recipe) -> Path:
-    """A checkpoint with the files that `Trainer.save` writes beside the engine's."""
-    parts = assemble(recipe)
-
-    def write(folder: Path) -> None:
-        parts.processor.save_pretrained(folder / checkpoint.MODEL)
-        parts.model.config.save_pretrained(folder / checkpoint.MODEL)
-
-    state = {"step": 1, "world": 1, "recipe": recipe.as_dict(), "data": parts.data}
-    return checkpoint.publish(root, 1, state, write, is_first=True, barrier=nothing)
-
-
-EDITS: dict[str, dict[str, Any]] = {
-    "a question": {"questions": [["which color has it", "red"], QUESTIONS[1]]},
-    "an answer": {"questions": [["what color is it", "blue"], QUESTIONS[1]]},
-    "the order of pictures": {"pictures": ("b.png", "a.png")},
-    "a picture's name": {"pictures": ("a.png", "c.png")},
-    "a record more": {"pictures": ("a.png", "b.png", "c.png")},
+# ---- damaged, or of something else
+DAMAGES: dict[str, tuple[str, str | None]] = {
+    "no JSON": ("trainer.json", "{"),
+    "of another version": ("trainer.json", "{}"),
+    "the engine's file cut": ("engine/weight", "1.0"),
+    "the engine's file missing": ("engine/weight", None),
 }
 
 
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
-def test_a_resumed_run_refuses_edited_data(tmp_path: Path, edit: dict[str, Any]) -> None:
-    """Its tokenizer was trained on the data: trained anew, ids would mean other text, without a word."""
-    start = publish_parts(tmp_path / "checkpoints", write_data(tmp_path / "data" / "all.jsonl"))
-    recipe = write_data(tmp_path / "data" / "all.jsonl", **edit)
-    with pytest.raises(InputError, match="trained on 2 records, sha256 .*, but .*all.jsonl has [23] records, sha256"):
-        assemble(recipe, start)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, damage: tuple[str, str | None]) -> None:
+    with tiny_trainer(tmp_path, OneWeight()) as trainer:
+        saved = trainer.fit()
+    name, text = damage
+    (saved / name).unlink()
+    if text is not None:
+        (saved / name).write_text(text)
+    wanted = f"--resume: {saved}: damaged, or written by another version .*go on from another one of {saved.parent}"
+    if text is None:
+        assert checkpoint.latest(saved.parent) == saved
+    with pytest.raises(InputError, match=wanted) as raised, tiny_trainer(tmp_path, OneWeight(), start=saved):
+        pass
+    assert "\n" not in str(raised.value)
 
 
-def test_a_resumed_run_has_the_checkpoints_tokenizer_and_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its data may have moved; the tables of this version may have changed."""
-    recipe = write_data(tmp_path / "data" / "all.jsonl")
-    fresh, start = assemble(recipe), publish_parts(tmp_path / "checkpoints", recipe)
-    (tmp_path / "data").rename(tmp_path / "moved")
-    monkeypatch.setattr("training.assemble.build_processor", None)
-    monkeypatch.setattr("training.assemble.MODELS", {})
-    again = assemble(Recipe(data=str(tmp_path / "moved" / "all.jsonl")), start)
-    assert again.processor.tokenizer.get_vocab() == fresh.processor.tokenizer.get_vocab()
-    assert [(s.prefix_ids, s.branches) for s in again.samples] == [(s.prefix_ids, s.branches) for s in fresh.samples]
-    for part in ("text_config", "vision_config"):
-        assert getattr(again.model.config, part).to_dict() == getattr(fresh.model.config, part).to_dict()
+def test_a_lost_process_is_no_damage() -> None:
+    lost = RuntimeError("[/gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    with pytest.raises(RuntimeError) as raised, checkpoint.reading(Path("step-1")):
+        raise lost
+    assert raised.value is lost
 
 
-def test_a_checkpoint_without_its_meaning_is_refused(tmp_path: Path) -> None:
-    start = publish(tmp_path / "checkpoints", 4)
-    with pytest.raises(InputError, match="too old, it has no model/ folder or no fingerprint of its data"):
-        assemble(write_data(tmp_path / "data.jsonl"), start)
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    with tiny_trainer(tmp_path, OneWeight()) as trainer:
+        saved = trainer.fit()
+    other: list[dict[str, Any]] = [{**DATA[0], "records": 65}]
+    wanted = "trained on 64 records, sha256 000000000000, weight 1, but .* has 65 records, sha256 000000000000"
+    with pytest.raises(InputError, match=wanted), tiny_trainer(tmp_path, OneWeight(), start=saved, data=other):
+        pass
 
 
 # ---- schedule, metrics, signals
@@ -289,6 +231,27 @@ def test_watch_notes_the_first_signal_and_restores_the_handlers() -> None:
         signal.raise_signal(signal.SIGINT)  # the launcher passing it on: no second request
         assert watch.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_end_of_torchrun_stops_its_processes(monkeypatch: pytest.MonkeyPatch, launched: bool) -> None:
+    """Killed, it ends nobody: they would train on, beside the run that was started in their place."""
+    if launched:
+        monkeypatch.setenv(interrupt.LAUNCHED, "run")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with Watch() as watch:
+        assert watch.number == (signal.SIGHUP if launched else 0)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_nohup_stays(ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with Watch() as watch:
+            signal.raise_signal(signal.SIGHUP)
+            assert watch.number == (0 if ignored else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_impatient_second_signal_acts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """A rank's micro-batches, step after step, read and decoded ahead of them by worker processes."""
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,8 +108,8 @@ class StreamLoader:
                 if isinstance(found, InputError):
                     raise found
                 drawn.update(found)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):  # torch's words; an exception inside a worker has others
+        except (RuntimeError, OSError, EOFError) as error:
+            if not (self.workers and _is_of_dead_worker(error)):
                 raise
             raise WorkerDied(
                 f"data: a worker process died ({error}); --resume goes on from the last checkpoint"
@@ -202,6 +204,22 @@ class _Rows(IterableDataset):
         return stream
 
 
+def _is_of_dead_worker(error: Exception) -> bool:
+    """Torch's words where it finds a worker gone; where it was gone halfway through a tensor, a connection breaks."""
+    if isinstance(error, RuntimeError):
+        return "exited unexpectedly" in str(error)
+    return "Caught " not in str(error)  # how torch passes on an exception inside a worker
+
+
 def _start_worker(worker: int) -> None:
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the trainer's to handle
+
+
+def _end_with_trainer() -> None:
+    """A trainer that was killed leaves its fork server, whose fork this is: each of the two would keep the other."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
