@@ -31,7 +31,8 @@ LIMIT = 300.0  # seconds that a start may take on a busy machine
 ENDING = (
     90.0  # seconds that the others may take to end: torchrun waits 30, a loader worker looks for its parent every 5
 )
-MESSAGES = ("another process of this run", "a worker process died", "stopped by SIGHUP", "stopped by SIGTERM")
+# ours, and torchrun's, which alone speaks where a process dies before it has joined the others
+MESSAGES = ("another process of this run", "a worker process died", "stopped by SIGHUP", "failed (exitcode: -9)")
 
 
 class Moment(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a run lives with and what ends it, in the real trainer: full disks, not-finite steps, records that are no use."""
+"""What a run lives with and what ends it, in the real trainer: full disks, steps not finite, records of no use."""
 
 import errno
 import os
@@ -161,11 +161,11 @@ def test_a_full_disk_delays_lines_of_metrics_and_ends_tensorboard_alone(
 
 # ---- a loss or gradient that is not finite
 def test_not_finite_steps_are_counted_and_end_the_run_after_some_in_a_row(tmp_path: Path) -> None:
-    with tiny_trainer(tmp_path, engine := OneWeight({2, 5, 6, 7}), max_not_finite=3) as trainer:
-        with pytest.raises(
-            InputError, match="3 steps in a row had a loss or gradient.*go on with: --resume .*-00000007"
-        ):
-            trainer.fit()
+    with (
+        tiny_trainer(tmp_path, engine := OneWeight({2, 5, 6, 7}), max_not_finite=3) as trainer,
+        pytest.raises(InputError, match="3 steps in a row had a loss or gradient.*go on with: --resume .*-00000007"),
+    ):
+        trainer.fit()
     assert [line["skipped_steps"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 2, 3, 4]
     newest = checkpoint.latest(tmp_path / "checkpoints")
     assert newest is not None and newest.name == "step-00000007"
@@ -205,11 +205,11 @@ def test_bad_records_are_skipped_counted_and_shown(tmp_path: Path, capsys: pytes
 
 
 def test_more_bad_records_than_allowed_end_the_run_with_a_checkpoint(tmp_path: Path) -> None:
-    with tiny_trainer(tmp_path, OneWeight(), samples=BAD, max_bad=0.01, steps=100) as trainer:
-        with pytest.raises(
-            InputError, match=r"data: 2 of \d+ records .*more than --max-bad 0.01.*go on with: --resume"
-        ):
-            trainer.fit()
+    with (
+        tiny_trainer(tmp_path, OneWeight(), samples=BAD, max_bad=0.01, steps=100) as trainer,
+        pytest.raises(InputError, match=r"data: 2 of \d+ records .*more than --max-bad 0.01.*go on with: --resume"),
+    ):
+        trainer.fit()
     stopped = trainer.step
     newest = checkpoint.latest(tmp_path / "checkpoints")
     assert newest is not None and newest.name == checkpoint.step_name(stopped)
@@ -266,9 +266,12 @@ def test_data_that_ends_ends_the_run_with_a_checkpoint_of_the_last_step(tmp_path
 def test_a_killed_loader_worker_ends_the_run_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds; torch's own is 5
     deadly = MemorySamples(killer=(0, 7))
-    with tiny_trainer(tmp_path, OneWeight(), samples=deadly, workers=1, steps=100) as trainer:
-        with pytest.raises(InputError, match="process 0: data: a worker process died.*go on with: --resume"):
-            trainer.fit()
+    wanted = "process 0: data: a worker process died.*go on with: --resume"
+    with (
+        tiny_trainer(tmp_path, OneWeight(), samples=deadly, workers=1, steps=100) as trainer,
+        pytest.raises(InputError, match=wanted),
+    ):
+        trainer.fit()
     with tiny_trainer(tmp_path, OneWeight(), start=trainer.saved, steps=trainer.step + 2) as again:  # without workers
         again.fit()
     assert curve(tmp_path) == whole(tmp_path / "whole", steps=trainer.step + 2)

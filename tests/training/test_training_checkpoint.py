@@ -89,13 +89,11 @@ def test_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_one_run_at_a_time_writes_in_a_folder(tmp_path: Path) -> None:
-    with checkpoint.only_run_in(tmp_path / "run"):
-        with (
-            pytest.raises(InputError, match="--out: .*run: another run writes in it"),
-            checkpoint.only_run_in(tmp_path / "run"),
-        ):
-            pass
-    with checkpoint.only_run_in(tmp_path / "run"):
+    run = tmp_path / "run"
+    wanted = pytest.raises(InputError, match="--out: .*run: another run writes in it")
+    with checkpoint.only_run_in(run), wanted, checkpoint.only_run_in(run):
+        pass
+    with checkpoint.only_run_in(run):
         pass
 
 
