@@ -154,15 +154,21 @@ def kill(start: Start, moment: Moment, chance: random.Random) -> dict[str, Any]:
     def come() -> bool:
         return start.process.poll() is not None or start.reached(moment)
 
-    wait_until(come, LIMIT, start)
-    time.sleep(moment.delay)
     victims: list[psutil.Process] = []
 
     def there() -> bool:
         victims[:] = start.alive(moment.victim)
         return bool(victims) or start.process.poll() is not None
 
-    wait_until(there, LIMIT, start)
+    if moment.when == "start":
+        time.sleep(moment.delay)
+        wait_until(there, LIMIT, start)
+    else:  # looking for processes takes longer than to write a checkpoint
+        wait_until(there, LIMIT, start)
+        wait_until(come, LIMIT, start)
+        time.sleep(moment.delay)
+    if not any(process.is_running() for process in victims):
+        wait_until(there, LIMIT, start)
     writing = sorted(path.name for path in start.writing.glob(".writing-*"))
     if victims:
         chance.choice(victims).kill()
