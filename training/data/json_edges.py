@@ -6,8 +6,8 @@ A record reaches to the beginning of the next: white space and a list's comma be
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from json.decoder import WHITESPACE
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from training.data.index import Arrays
 from training.errors import InputError
 
 WHITE = b" \t\r\n\xef\xbb\xbf"  # of JSON, and the byte order mark
+SPACE = re.compile(r"[ \t\r\n]*")
 BLANK = 16  # bytes: a line of at most so many may be blank, as no record is so short
 
 
@@ -85,7 +86,7 @@ def _spans(path: Path, text: str) -> Iterator[int]:
 
 
 def _skip(text: str, position: int) -> int:
-    found = WHITESPACE.match(text, position)
+    found = SPACE.match(text, position)
     assert found is not None
     return found.end()
 
