@@ -25,8 +25,8 @@ from training.errors import InputError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # what gives the weights' numbers their meaning, and so must agree
 MEANING = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
-# of config.json, what says how a model was made, not what it is
-HISTORY = ("_name_or_path", "transformers_version")
+# of config.json at any depth, what says how a model was made and loaded, not what it is; tensors say their dtypes
+HISTORY = ("_name_or_path", "transformers_version", "dtype")
 # where one run's exports agree almost everywhere: a larger relative distance is said
 FAR = 0.5
 
@@ -152,8 +152,11 @@ def _same_meaning(first: Path, other: Path) -> None:
 def _content(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {key: value for key, value in content.items() if key not in HISTORY}
+    read: dict[str, Any] = json.loads(
+        path.read_text(encoding="utf-8"),
+        object_hook=lambda found: {key: value for key, value in found.items() if key not in HISTORY},
+    )
+    return read
 
 
 def _copy_rest(folder: Path, out: Path, shards: set[str]) -> None:

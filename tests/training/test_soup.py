@@ -45,6 +45,15 @@ def test_models_of_one_run_give_no_warning(tmp_path: Path, folders: list[Path]) 
     assert soup(tmp_path / "out", folders) == []
 
 
+def test_how_a_model_was_loaded_is_no_difference(tmp_path: Path, folders: list[Path]) -> None:
+    again = SailVL2ForConditionalGeneration.from_pretrained(folders[1], dtype=torch.float32)
+    again.save_pretrained(tmp_path / "again")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (folders[0], tmp_path / "again")]
+    assert configs[0] != configs[1], "a loaded model names the dtype of each part"
+    soup(tmp_path / "out", [folders[0], tmp_path / "again"])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def change_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["downsample_ratio"] = 0.25

@@ -6,8 +6,8 @@ A record reaches to the beginning of the next: white space and a list's comma be
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from json.decoder import WHITESPACE  # type: ignore[attr-defined]
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ from training.data.index import Arrays
 from training.errors import InputError
 
 WHITE = b" \t\r\n\xef\xbb\xbf"  # of JSON, and the byte order mark
+SPACE = re.compile(r"[ \t\r\n]*")
 BLANK = 16  # bytes: a line of at most so many may be blank, as no record is so short
 
 
 def lines(path: Path) -> tuple[Arrays, str]:
     """`edges`, the beginnings of lines and the end of the last; `blanks`, the record that follows each blank line;
-    SHA-256 of the file. Blank lines belong to the record before them, or to the first."""
+    SHA-256 of the file. Blank lines belong to the record before them."""
     edges, position, digest = [np.zeros(1, np.int64)], 0, hashlib.sha256()
     with path.open("rb") as file:
         _check_utf8(path, file.read(2))
@@ -37,10 +38,7 @@ def lines(path: Path) -> tuple[Arrays, str]:
     kept = np.flatnonzero(~blank)
     # of the blank lines, how many records are before them
     before = np.cumsum(~blank)[blank]
-    starts = found[:-1][kept]
-    if len(starts):
-        starts[0] = 0
-    return {"edges": np.append(starts, position), "blanks": before}, digest.hexdigest()
+    return {"edges": np.append(found[kept], position), "blanks": before}, digest.hexdigest()
 
 
 def _blank(descriptor: int, edges: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -85,7 +83,7 @@ def _spans(path: Path, text: str) -> Iterator[int]:
 
 
 def _skip(text: str, position: int) -> int:
-    found = WHITESPACE.match(text, position)
+    found = SPACE.match(text, position)
     assert found is not None
     return found.end()
 
