@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -220,6 +220,19 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
     again.close()
     assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
     assert len(path.read_text().splitlines()) == len([json.dumps(line) for line in read_lines(path)])
+
+
+def test_lines_that_a_full_disk_cuts_are_whole_once_there_is_room(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", keep_steps=0)
+    file = log._file
+    log._file = Mock()
+    log._file.write.side_effect = [file.write(b'{"ste'), OSError(28, "No space left on device")]
+    with pytest.raises(OSError, match="No space left"):
+        log.write({"step": 1})
+    log._file = file
+    log.write({"step": 2})
+    log.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 def test_watch_notes_the_first_signal_and_restores_the_handlers() -> None:
