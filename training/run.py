@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from sail_model import SailVL2ForConditionalGeneration
@@ -99,7 +100,7 @@ def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> 
 
 def prepare(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> nn.Module | None:
     """Freeze what the recipe does not train. With LoRA: the PEFT model around `model`, whose layers it has replaced."""
-    model.train()
+    model.to(getattr(torch, recipe.dtype)).train()  # the stage before may have had another
     freeze(model, recipe)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -185,8 +185,8 @@ streams: 2
 max_bad: 0.2
 save_every: 2
 stages:
-- {{name: adapter alone, train: adapter, steps: 3}}
-- {{name: all by accumulation, steps: 3, micro_batches: 2, vision_lr: 0.5, dtype: bfloat16}}
+- {{name: adapter, train: adapter, steps: 3}}
+- {{name: steady, steps: 3, micro_batches: 2, vision_lr: 0.5, dtype: bfloat16}}
 - {{name: factors, steps: 2, lora_rank: 2, zero_stage: 1, gradient_checkpointing: true}}
 """
 
@@ -202,10 +202,10 @@ def test_the_demo_trains_by_stages_tests_draws_and_answers(data: Path, tmp_path:
         "pictures blanked",
         "most frequent answer",
         "right answer:",
-        "all by accumulation",
+        "steady",
     ):
         assert words in printed
-    assert curve(out, "stage") == ["adapter alone"] * 3 + ["all by accumulation"] * 3 + ["factors"] * 2
+    assert curve(out, "stage") == ["adapter"] * 3 + ["steady"] * 3 + ["factors"] * 2
     text = (out / "results.json").read_text()
     found = json.loads(text)
     rows = found["exact_match"]
@@ -240,7 +240,12 @@ LONG = line(question="what? " * 2000)
     ("module", "lines", "more", "error"),
     [
         ("training", None, [], "--resume: "),
-        ("training", '{"picture": "b.png"}\n', [], "data: no record can be used; .* line 1: got picture; want"),
+        (
+            "training",
+            '{"picture": "b.png"}\n',
+            [],
+            "process 0: data: no record can be used; .* line 1: got picture; want",
+        ),
         ("training", line(), ["--streams", "3", "--micro-batches", "2"], "Recipe: streams: got 3"),
         ("training", line(), ["--device", "cuda"], "--device: cuda cannot be used here: "),
         ("training.demo", line(), [], "training.demo: --test: got none"),
