@@ -24,9 +24,9 @@ DEMO = (
     # shapes are learned all at once, after 120 to 400 steps at chance: it ends where they are
     _demo("vision warm-up", "easy_vqa:shapes", 800, 50, vision_lr=1.0, schedule="constant", until_loss=0.03),
     _demo("vision", "easy_vqa:shapes-and-colors", 200, 20, vision_lr=1.0),
-    _demo("all", "easy_vqa", 600, 30),
-    _demo("balanced", "easy_vqa:balanced", 550, 30),
-    _demo("last", "easy_vqa", 120, 20, lr=5e-4),
+    _demo("all", "easy_vqa", 1000, 30),
+    _demo("balanced", "easy_vqa:balanced", 770, 30),
+    _demo("last", "easy_vqa", 150, 20, lr=5e-4),
 )
 SFT = Recipe(name="sft", lr=1e-5, steps=1000, stream_length=8192, streams=16, warmup=30)
 

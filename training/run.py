@@ -63,6 +63,7 @@ def with_steps(recipe: Recipe, parts: Parts) -> Recipe:
 def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> Path:
     """One stage, its engine made and taken apart; the checkpoint of its end."""
     recipe = place.recipe
+    torch.manual_seed(recipe.seed)  # of LoRA's fresh factors: the same where a run was resumed in the stage before
     adapted = prepare(parts.model, recipe)
     flops = FlopCount(parts.model, parts.model.config)
     samples = open_samples(recipe, parts.processor)
