@@ -21,9 +21,9 @@ def _demo(name: str, data: str, steps: int, warmup: int, **changes: float | str)
 
 # what each is for, and what did not work: docs/decisions/training-demo.md
 DEMO = (
-    # shapes are learned all at once, after 120 to 400 steps at chance: it ends where they are
+    # shapes are learned all at once, after 120 to 400 steps at chance; both end where their answers are learned
     _demo("vision warm-up", "easy_vqa:shapes", 800, 50, vision_lr=1.0, schedule="constant", until_loss=0.03),
-    _demo("vision", "easy_vqa:shapes-and-colors", 200, 20, vision_lr=1.0),
+    _demo("vision", "easy_vqa:shapes-and-colors", 400, 20, vision_lr=1.0, schedule="constant", until_loss=0.25),
     _demo("all", "easy_vqa", 1000, 30),
     _demo("balanced", "easy_vqa:balanced", 770, 30),
     _demo("last", "easy_vqa", 150, 20, lr=5e-4),
