@@ -124,7 +124,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         pack: Pack | None,
         token_mask_T: Tensor | None,
         past_key_values: Cache | None,
-        expert_ids_TK: Tensor | None,
+        expert_ids_TK: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         attended = self.self_attn(self.input_layernorm(x_BLD), rotation, attention_mask, pack, past_key_values)
         normed, x_BLD = self.post_attention_layernorm.add(attended, x_BLD)
@@ -192,7 +192,9 @@ class SparseMoe(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
-    def forward(self, x_BLD: Tensor, token_mask_T: Tensor | None, ids_TK: Tensor | None) -> tuple[Tensor, Routed]:
+    def forward(
+        self, x_BLD: Tensor, token_mask_T: Tensor | None, ids_TK: Tensor | None = None
+    ) -> tuple[Tensor, Routed]:
         """`ids_TK`: the experts to take instead of those that the router would choose."""
         x_TD = x_BLD.flatten(0, 1)
         logits_TE = self.gate(x_TD)

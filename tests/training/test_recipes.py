@@ -138,7 +138,8 @@ def test_what_a_file_gets_wrong(text: str, wrong: str, tmp_path: Path) -> None:
 def written_checkpoint(run: Path, plan: tuple[Recipe, ...] = (Recipe(),), data: Any = None) -> Path:
     folder = run / "checkpoints" / checkpoint.step_name(4)
     folder.mkdir(parents=True)
-    state = {"step": 4, "stage": 0, "plan": [recipe.as_dict() for recipe in plan], "data": data}
+    state = dict.fromkeys(checkpoint.KEYS) | {"step": 4, "stage": 0, "data": data}
+    state["plan"] = [recipe.as_dict() for recipe in plan]
     (folder / "trainer.json").write_text(json.dumps(state))
     (run / "checkpoints" / "latest").write_text(folder.name + "\n")
     return folder
