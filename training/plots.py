@@ -1,5 +1,6 @@
 """The curves of a run as one PNG."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ def plot_curves(metrics: Path, png: Path) -> None:
     from matplotlib import pyplot
 
     lines = read_lines(metrics)
-    steps = [line["step"] for line in lines]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    left.plot(steps, [line["loss"] for line in lines], alpha=0.3, linewidth=0.8)
-    left.plot(steps, smoothed([line["loss"] for line in lines]), color="C0")
+    steps, losses = curve(lines, "loss")
+    left.plot(steps, losses, alpha=0.3, linewidth=0.8)
+    left.plot(steps, smoothed(losses), color="C0")
     left.set(title="answer loss (nats a token)", xlabel="step", yscale="log")
     for axes, name in ((middle, "balance_loss"), (right, "expert_entropy")):
-        for layer in range(len(lines[0][name]) if lines else 0):
-            axes.plot(steps, smoothed([line[name][layer] for line in lines]), label=f"layer {layer}")
+        for layer in range(max((len(line[name]) for line in lines), default=0)):
+            steps, values = curve(lines, name, layer)
+            axes.plot(steps, smoothed(values), label=f"layer {layer}")
         axes.set(title=name.replace("_", " "), xlabel="step")
         if axes.lines:
             axes.legend(fontsize="small")
@@ -34,6 +36,14 @@ def plot_curves(metrics: Path, png: Path) -> None:
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=110)
     pyplot.close(figure)
+
+
+def curve(lines: list[dict[str, Any]], name: str, layer: int | None = None) -> tuple[list[int], list[float]]:
+    """(steps, values) of a figure, or of its expert layer where a stage has that layer; without what is not finite,
+    as of a skipped step, which no mean would recover from."""
+    found = [(line["step"], line[name] if layer is None else dict(enumerate(line[name])).get(layer)) for line in lines]
+    kept = [(step, value) for step, value in found if value is not None and math.isfinite(value)]
+    return [step for step, _ in kept], [value for _, value in kept]
 
 
 def stage_starts(lines: list[dict[str, Any]]) -> list[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """What the user sees while training: a rich bar on a terminal, one line now and then elsewhere; a table at the end."""
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -89,6 +90,8 @@ def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _ends(lines: list[dict[str, Any]], which: int) -> str:
-    """Mean loss of the first or last steps."""
-    few = lines[: max(1, len(lines) // 20)] if which == 0 else lines[-max(1, len(lines) // 20) :]
-    return f"{sum(line['loss'] for line in few) / len(few):.4f}"
+    """Mean loss of the first or last steps that were not skipped."""
+    losses = [line["loss"] for line in lines if math.isfinite(line["loss"])]
+    count = max(1, len(losses) // 20)
+    few = losses[:count] if which == 0 else losses[-count:]
+    return f"{sum(few) / len(few):.4f}" if few else "none"
