@@ -2,7 +2,7 @@
 
 A crash at any moment leaves the previous checkpoint and its `latest` pointer as they were, and one run at a time
 writes in a folder.
-Layout: <root>/step-00000100/{trainer.json, model/, engine/, rng-0.pt, ...} and <root>/latest holding "step-00000100".
+Layout: <root>/step-00000100/{trainer.json, model/, engine/} and <root>/latest holding "step-00000100".
 model/ is what gives the weights' numbers their meaning: config, tokenizer and image processor. A resumed run takes them
 from there, and refuses data that is not what the checkpoint was trained on.
 """

@@ -97,8 +97,8 @@ def plan_of(recipe: str | None, config: Path | None, changes: dict[str, Any], de
     """The stages of `recipe`, with the options of the file `config`, with `changes`: the later wins."""
     options = {} if config is None else _read_yaml(config)
     stages = options.pop("stages", None)
-    name = recipe or options.pop("recipe", default)
-    options.pop("recipe", None)
+    named = options.pop("recipe", default)
+    name = recipe or named
     if name not in CATALOG:
         raise InputError(f"{config}: recipe: got {name!r}, want one of {', '.join(CATALOG)}")
     plan = CATALOG[name].plan

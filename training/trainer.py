@@ -180,14 +180,17 @@ class Trainer:
         if self.step <= self.recipe.warmup:
             return
         action = adalrs.observe(self.step, loss)
-        snapshot = self.place.out / checkpoint.FOLDER / ADALRS
         if action.kind == "try":
-            checkpoint.replace_from_ranks(snapshot, self.engine.save)
+            checkpoint.replace_from_ranks(self._snapshot, self.engine.save)
         elif action.kind == "roll_back":
-            self.engine.load(snapshot)
+            self.engine.load(self._snapshot)
         if action.rate != self.peak:
             self.log.say(f"step {self._total()}: AdaLRS: peak learning rate {self.peak:.3g} -> {action.rate:.3g}")
             self.peak = action.rate
+
+    @property
+    def _snapshot(self) -> Path:
+        return self.place.out / checkpoint.FOLDER / ADALRS
 
     @contextmanager
     def _saving_first(self) -> Iterator[None]:
@@ -246,8 +249,7 @@ class Trainer:
             self.parts.processor.save_pretrained(folder / checkpoint.MODEL)
             self.parts.model.config.save_pretrained(folder / checkpoint.MODEL)
             if self.adalrs is not None and self.adalrs.holds_snapshot:
-                snapshot = self.place.out / checkpoint.FOLDER / ADALRS
-                shutil.copytree(snapshot, folder / ADALRS, copy_function=os.link)
+                shutil.copytree(self._snapshot, folder / ADALRS, copy_function=os.link)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint: weights, optimizer, data order, random numbers, step."""
@@ -271,9 +273,8 @@ class Trainer:
 
     def _keep_snapshot(self, folder: Path) -> None:
         """The snapshot of a trial that the checkpoint was written in, where the trial will look for it."""
-        snapshot = self.place.out / checkpoint.FOLDER / ADALRS
-        shutil.rmtree(snapshot, ignore_errors=True)
-        shutil.copytree(folder / ADALRS, snapshot, copy_function=os.link)
+        shutil.rmtree(self._snapshot, ignore_errors=True)
+        shutil.copytree(folder / ADALRS, self._snapshot, copy_function=os.link)
 
 
 def learning_rate(recipe: Recipe, step: int, peak: float) -> float:

@@ -83,8 +83,8 @@ class Encoder:
                 continue  # an empty one is none, as the chat template has it
             content, shown = self._content(turn, slots)
             pictures += shown
-            head = self._tokenize(f"{TURN_START}{turn.role}\n")
             if turn.learn:
+                head = self._tokenize(f"{TURN_START}{turn.role}\n")
                 learned = self._expanded(self._tokenize(content + TURN_END), shown)
                 ids += head + learned
                 labels += [IGNORE] * len(head) + learned

@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -78,7 +79,7 @@ class StreamLoader:
         packing = Packing(capacity, candidates, blank=blank)
         if picture_balance:
             packing = balanced(samples, packing, seed=seed, streams=streams)
-        self.packing = packing
+        self._stream = partial(LogicalStream, samples, packing, seed=seed, streams=streams)
         self._states: dict[int, dict[str, Any]] = {}
         self._steps: Iterator[Item | Parcel] | None = None
 
@@ -117,7 +118,7 @@ class StreamLoader:
         return drawn
 
     def _start(self) -> Iterator[Item | Parcel]:
-        rows = _Rows(self.samples, self.packing, self.seed, self.own, self.streams, self._states)
+        rows = _Rows(self._stream, self.own, self._states)
         if not self.workers:
             return rows.__iter__()
         # a fork of this process would copy its threads' locks; the server's forks share one import of torch
@@ -136,24 +137,22 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank's streams, for JSON; those of all ranks together are a checkpoint."""
-        described = {"streams": self.streams, "seed": self.seed, "lengths": list(self.samples.lengths)}
-        return {"all": described, **{str(number): self._state(number) for number in self.own}}
+        return {"all": self._described(), **{str(number): self._state(number) for number in self.own}}
+
+    def _described(self) -> dict[str, Any]:
+        return {"streams": self.streams, "seed": self.seed, "lengths": list(self.samples.lengths)}
 
     def _state(self, number: int) -> dict[str, Any]:
         if number in self._states:
             return self._states[number]
-        return self._stream(number).state_dict()
-
-    def _stream(self, number: int) -> LogicalStream:
-        return LogicalStream(self.samples, self.packing, seed=self.seed, number=number, streams=self.streams)
+        return self._stream(number=number).state_dict()
 
     def load_state_dict(self, states: dict[str, Any]) -> None:
         """Go on with the very next rows; `states` are those of all ranks, of which this one takes its own.
 
         Raises InputError where they are of other data, of another seed or of another number of streams.
         """
-        described = {"streams": self.streams, "seed": self.seed, "lengths": list(self.samples.lengths)}
-        if states.get("all") != described:
+        if states.get("all") != (described := self._described()):
             raise InputError(f"--resume: the data was read as {states.get('all')}, and is now {described}")
         if missing := [number for number in self.own if str(number) not in states]:
             raise InputError(f"--resume: got no state of streams {missing}, want those of all {self.streams}")
@@ -169,16 +168,9 @@ class _Rows(IterableDataset):
     """Endless rows, an item a step: a worker has every n-th of the rank's streams."""
 
     def __init__(
-        self,
-        samples: Samples,
-        packing: Packing,
-        seed: int,
-        own: Sequence[int],
-        streams: int,
-        states: dict[int, dict[str, Any]],
+        self, stream: Callable[..., LogicalStream], own: Sequence[int], states: dict[int, dict[str, Any]]
     ) -> None:
-        self.samples, self.packing, self.seed, self.own = samples, packing, seed, own
-        self.streams, self.states = streams, states
+        self.stream, self.own, self.states = stream, own, states
 
     def __iter__(self) -> Iterator[Item | Parcel]:
         worker = get_worker_info()
@@ -188,14 +180,14 @@ class _Rows(IterableDataset):
 
     def _rows(self, mine: Sequence[int]) -> Iterator[Item]:
         try:
-            made = [self._stream(number) for number in mine]
+            made = [self._started(number) for number in mine]
             while True:
                 yield [(number, stream.next()) for number, stream in zip(mine, made, strict=True)]
         except InputError as error:
             yield error
 
-    def _stream(self, number: int) -> LogicalStream:
-        stream = LogicalStream(self.samples, self.packing, seed=self.seed, number=number, streams=self.streams)
+    def _started(self, number: int) -> LogicalStream:
+        stream = self.stream(number=number)
         if number in self.states:
             try:
                 stream.load_state_dict(self.states[number])

@@ -14,20 +14,23 @@ def choose(lengths: Sequence[int], capacity: int) -> list[int]:
     """The first, and those that leave the fewest of `capacity` tokens free with it; of equal ones the oldest."""
     room = capacity - lengths[0]
     limit = (2 << room) - 1
-    sums = [1]  # bit n: some of the first samples have n tokens together
+    tables = [[1]]  # bit n: some of the first samples have n tokens together
     for length in lengths[1:]:
-        sums.append((sums[-1] | sums[-1] << length) & limit)
-    return [0, *_members(lengths, sums, sums[-1].bit_length() - 1)]
+        (sums,) = tables[-1]
+        tables.append([(sums | sums << length) & limit])
+    return _members(lengths, [0] * len(lengths), tables, tables[-1][0].bit_length() - 1, 0)
 
 
-def _members(lengths: Sequence[int], sums: Sequence[int], total: int) -> list[int]:
-    """The samples of a reachable sum; a later one only where the earlier ones do not reach it."""
+def _members(
+    lengths: Sequence[int], tiles: Sequence[int], tables: Sequence[Sequence[int]], total: int, count: int
+) -> list[int]:
+    """The samples of a reachable sum with `count` tiles; a later one only where the earlier ones do not reach it."""
     members = []
     for number in range(len(lengths) - 1, 0, -1):
-        if not sums[number - 1] >> total & 1:
+        if not tables[number - 1][count] >> total & 1:
             members.append(number)
-            total -= lengths[number]
-    return members[::-1]
+            total, count = total - lengths[number], count - tiles[number]
+    return [0, *members[::-1]]
 
 
 def choose_balanced(lengths: Sequence[int], tiles: Sequence[int], capacity: int, wanted: int) -> list[int]:
@@ -50,12 +53,7 @@ def choose_balanced(lengths: Sequence[int], tiles: Sequence[int], capacity: int,
         return free + 0.05 * off, left[count]
 
     count = min(left, key=cost)
-    total, members = room - left[count], []
-    for number in range(len(lengths) - 1, 0, -1):
-        if not tables[number - 1][count] >> total & 1:
-            members.append(number)
-            total, count = total - lengths[number], count - tiles[number]
-    return [0, *members[::-1]]
+    return _members(lengths, tiles, tables, room - left[count], count)
 
 
 def plan_rows(lengths: Sequence[int], capacity: int, candidates: int = 64) -> list[list[int]]:

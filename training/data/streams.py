@@ -7,7 +7,6 @@ are. A stream's state is a few integers and travels with each row: what was read
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +96,7 @@ class LogicalStream:
         self.owed += self._tiles_due(sum(tiles), sum(lengths))
         wanted = int(self.owed)
         self.owed -= wanted
-        order = sorted(range(len(samples)), key=partial(self._turn, samples))
+        order = self._turns(samples)
         self.rows += 1
         lengths, tiles = ([values[place] for place in order] for values in (lengths, tiles))
         return [order[place] for place in choose_balanced(lengths, tiles, self.packing.capacity, wanted)]
@@ -114,10 +113,11 @@ class LogicalStream:
     def _for_long(self) -> bool:
         return self.rows % LONG_EVERY == LONG_EVERY - 1
 
-    def _turn(self, samples: Sequence[Sample], place: int) -> tuple[bool, int]:
+    def _turns(self, samples: Sequence[Sample]) -> list[int]:
         """The oldest comes first, but over-long ones in their own steps, where all streams have fewer tiles."""
-        crowded = sum(map(self._is_long, samples)) > len(samples) // 4
-        return self._is_long(samples[place]) != (self._for_long or crowded), place
+        is_long = [self._is_long(sample) for sample in samples]
+        long_first = self._for_long or sum(is_long) > len(samples) // 4
+        return sorted(range(len(samples)), key=lambda place: is_long[place] != long_first)
 
     def _is_long(self, sample: Sample) -> bool:
         """Whether it leaves no room for the tiles of a usual row beside its own text."""
