@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sail_model.attention import Pack, pack_of, pack_with_keys
+from sail_model.attention import Keys, Pack, pack_of
 from training.data.sample import IGNORE, Branch, Ids, Sample
 
 PADDING = 0
@@ -126,13 +126,24 @@ def attention_of(rows: Sequence[Sequence[tuple[int, int, int]]]) -> Pack:
     if not any(branch for runs in rows for _, _, branch in runs):
         lengths = torch.tensor([0, *(count for runs in rows for count, _, _ in runs)])
         return pack_of(lengths.cumsum(0))
-    sequences = []
+    queries, row_of, spans = [], [], []  # spans: (start, length), two for each sequence
     for row, runs in enumerate(rows):
-        start, own, owner = 0, torch.arange(0), PADDING
+        start, own, owner = 0, (0, 0), PADDING
         for count, sample, branch in runs:
-            tokens = torch.arange(start, start := start + count)
+            spans += [own if branch and owner == sample else (0, 0), (start, count)]
             if branch == 0:
-                own, owner = tokens, sample
-            seen = own if branch and owner == sample else own[:0]
-            sequences.append((count, row, torch.cat([seen, tokens])))
-    return pack_with_keys(sequences)
+                own, owner = (start, count), sample
+            queries.append(count)
+            row_of.append(row)
+            start += count
+    starts_2S, lengths_2S = np.array(spans).T
+    keys_S = lengths_2S.reshape(-1, 2).sum(1)
+    first_2S = lengths_2S.cumsum() - lengths_2S
+    columns = np.arange(lengths_2S.sum()) + np.repeat(starts_2S - first_2S, lengths_2S)
+    row_of_key = torch.from_numpy(np.repeat(row_of, keys_S))
+    keys = Keys(row_of_key, torch.from_numpy(columns), _bounds(keys_S), int(keys_S.max()))
+    return Pack(_bounds(queries), max(queries), keys)
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
