@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import sail_ops
 from sail_model import SailVL2ForConditionalGeneration, SailVL2Processor
 from sail_ops.testing import assert_accurate
 from training import parallel
@@ -22,7 +23,7 @@ from training.data.encode import Encoder
 from training.data.sample import IGNORE, Branch, PictureSlot, Sample
 from training.evaluate import exact_match
 from training.metrics import FlopCount
-from training.objectives.supervised import Supervised, balance_losses, labeled_logits
+from training.objectives.supervised import Supervised, labeled_logits
 from training.recipes import Recipe
 
 Questions = tuple[tuple[str, str], ...]
@@ -181,7 +182,7 @@ def test_every_parameter_gets_a_dense_gradient(
     out = Supervised(model)(batch)
     assert bool(out.loss_sum > 0) == labels and out.loss_sum.requires_grad
     assert (out.counts_ME == 0).any(), "the case should leave experts without a token"
-    balance = balance_losses(out.counts_ME, out.prob_sum_ME, batch.tokens, None)
+    balance = sail_ops.load_balancing_loss(out.counts_ME, out.prob_sum_ME, batch.tokens)
     (out.loss_sum + balance.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     seen = [bool(parameter.grad.any()) for parameter in model.vision_model.parameters()]  # type: ignore[union-attr]
@@ -207,18 +208,6 @@ def test_without_pictures_all_differentiate_what_those_with_pictures_do(
     for given in (batch, text_alone(encoder)):
         out = Supervised(model)(given)
         assert out.loss_sum.requires_grad and out.prob_sum_ME.requires_grad
-
-
-def test_balance_loss_is_kept_apart_by_layer() -> None:
-    experts, top_k, tokens = 8, 2, 100
-    balanced = torch.full((experts,), tokens * top_k // experts)
-    collapsed = torch.zeros(experts, dtype=torch.int64)
-    collapsed[:top_k] = tokens
-    counts_ME = torch.stack([balanced, collapsed])
-    prob_sum_ME = counts_ME.float() / top_k
-    losses = balance_losses(counts_ME, prob_sum_ME, tokens, None)
-    torch.testing.assert_close(losses, torch.tensor([float(top_k), float(experts)]))
-    assert balance_losses(torch.zeros(0, 0), torch.zeros(0, 0), tokens, None).shape == (0,)
 
 
 class Given:
