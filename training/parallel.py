@@ -2,11 +2,13 @@
 
 import os
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from training.errors import InputError
 
@@ -120,6 +122,21 @@ def device() -> torch.device:
     """The device of this process."""
     name = kind().name
     return HOST if name == HOST.type else torch.device(name, int(os.environ["LOCAL_RANK"]))
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of this process's random generators, by kind of device: torch's own, and its accelerator's."""
+    states = {HOST.type: torch.get_rng_state()}
+    if (name := kind().name) != HOST.type:
+        states[name] = getattr(torch, name).get_rng_state()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Tensor]) -> None:
+    """Go on from what `random_states` gave; a generator of a kind of device that is not in `states` stays as it is."""
+    torch.set_rng_state(states[HOST.type])
+    if (name := kind().name) != HOST.type and name in states:
+        getattr(torch, name).set_rng_state(states[name])
 
 
 def data_group() -> dist.ProcessGroup | None:

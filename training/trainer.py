@@ -251,14 +251,14 @@ class Trainer:
             if self.adalrs is not None and self.adalrs.holds_snapshot:
                 shutil.copytree(self._snapshot, folder / ADALRS, copy_function=os.link)
 
-    def load(self, folder: Path) -> None:
+    def load(self, start: checkpoint.Start) -> None:
         """Go on from a checkpoint: weights, optimizer, data order, random numbers, step."""
-        state = checkpoint.read_state(folder)
+        folder, state = start
         then, now = state["versions"], checkpoint.versions()
         changed = [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
         if changed:
             self.log.say(f"{folder}: written with {'; '.join(changed)}: the curve may differ by rounding")
-        checkpoint.check_data(folder, self.recipe.data, self.data)
+        checkpoint.check_data(start, self.recipe.data, self.data)
         with checkpoint.reading(folder):
             self.engine.load(folder / ENGINE)
             self.loader.load_state_dict(state["feed"])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from training import parallel
+from training.engines import fragments
 from training.errors import InputError
 
 TRAINING = Path(parallel.__file__).parent
@@ -126,6 +127,46 @@ def test_sums_are_as_wide_as_the_device_has_numbers(
 
     monkeypatch.setattr(dist, "all_reduce", twice)
     assert parallel.sum_over_ranks([1.0, 2.5]) == [2.0, 5.0]
+
+
+class Accelerator:
+    """A device's generator, beside torch's own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+        self.get_rng_state, self.set_rng_state = self.generator.get_state, self.generator.set_state
+
+    def draw(self) -> float:
+        return float(torch.rand(1, generator=self.generator))
+
+
+class NoFragments(fragments.Fragments):
+    def __iter__(self) -> Iterator[fragments.Fragment]:
+        return iter(())
+
+    def load(self, stored: fragments.Stored, steps: int) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["npu", "cpu"])
+def test_a_checkpoint_holds_the_random_states_of_host_and_device(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Accelerator()
+    monkeypatch.setattr(torch, "npu", device, raising=False)
+    monkeypatch.setattr(parallel, "_chosen", parallel.KINDS[name])
+    fragments.write(tmp_path, NoFragments(), 0, 1)
+    wanted = (torch.rand(1), device.draw())
+    fragments.Stored(tmp_path, 1).restore_random_state(0)
+    host, on_device = torch.rand(1), device.draw()
+    assert torch.equal(host, wanted[0]) and (on_device == wanted[1]) == (name == "npu")
+
+
+def test_a_device_that_the_checkpoint_did_not_know_keeps_its_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, twin = Accelerator(), Accelerator()
+    monkeypatch.setattr(torch, "npu", device, raising=False)
+    monkeypatch.setattr(parallel, "_chosen", parallel.KINDS["npu"])
+    parallel.restore_random_states({"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)})
+    assert device.draw() == twin.draw()
 
 
 NAMES = {"cpu", "npu", "gloo", "nccl", "hccl"}

@@ -177,6 +177,24 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, damage: tuple[str,
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("key", sorted(checkpoint.KEYS))
+def test_a_checkpoint_that_lacks_what_this_version_needs_is_one_sentence(tmp_path: Path, key: str) -> None:
+    state = dict.fromkeys(checkpoint.KEYS - {key})
+    (tmp_path / checkpoint.TRAINER).write_text(json.dumps(state))
+    with pytest.raises(InputError, match=f"--resume: .*written by another version .*trainer.json has no {key}"):
+        checkpoint.read_state(tmp_path)
+
+
+def test_what_is_saved_is_what_is_asked_for_and_read_once(tmp_path: Path) -> None:
+    with tiny_trainer(tmp_path, OneWeight()) as trainer:
+        saved = trainer.fit()
+    assert checkpoint.read_state(saved).keys() == checkpoint.KEYS
+    with patch.object(checkpoint, "read_state", wraps=checkpoint.read_state) as reads:
+        with tiny_trainer(tmp_path, OneWeight(), start=saved, steps=12) as again:
+            assert again.step == 9
+        assert reads.call_count == 1
+
+
 def test_a_lost_process_is_no_damage() -> None:
     lost = RuntimeError("[/gloo/transport/tcp/pair.cc:1] Connection closed by peer")
     with pytest.raises(RuntimeError) as raised, checkpoint.reading(Path("step-1")):
