@@ -2,8 +2,11 @@
 
 import os
 import socket
+import sys
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +28,8 @@ class Kind(NamedTuple):
 
 
 KINDS = {kind.name: kind for kind in (Kind("cuda", "nccl"), Kind("npu", "hccl"), Kind("cpu", "gloo"))}
+DEVICE_FILES = {"cuda": "nvidia[0-9]*", "npu": "davinci[0-9]*"}  # in DEV, of a driver that is loaded
+DEV = Path("/dev")
 _chosen: Kind | None = None
 _reported = False
 
@@ -45,7 +50,7 @@ def _missing(name: str) -> str | None:
     if name == "cuda":
         if torch.version.cuda is None:
             return "this torch is built without CUDA"
-        return None if torch.cuda.is_available() else "torch finds no CUDA device or driver"
+        return _cuda_error()
     if name == "npu":
         try:
             import torch_npu  # registers the device "npu"; needs CANN
@@ -53,6 +58,31 @@ def _missing(name: str) -> str | None:
             return f"torch_npu does not import: {error}"
         return None if torch_npu.npu.is_available() else "torch_npu finds no device"
     return None
+
+
+def _cuda_error() -> str | None:
+    """What torch says of a driver that is missing or too old, or of hidden devices; None where there is one."""
+    with warnings.catch_warnings(action="ignore"):  # it is said once, by us
+        if torch.cuda.is_available():
+            return None
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+            return reason if hidden is None else f"{reason} (CUDA_VISIBLE_DEVICES={hidden})"
+    return "torch finds no CUDA device or driver"
+
+
+def passed_over(chosen: Kind) -> list[str]:
+    """A sentence for each kind that comes before `chosen`, has device files on this machine and cannot be used."""
+    before = list(KINDS)[: list(KINDS).index(chosen.name)]
+    found = {name: min(DEV.glob(DEVICE_FILES[name]), default=None) for name in before}
+    return [
+        f"{path} is there, but {name} cannot be used: {_missing(name)}; training on {chosen.name}"
+        for name, path in found.items()
+        if path is not None
+    ]
 
 
 def start_processes(device: str | None = None) -> None:
@@ -64,6 +94,9 @@ def start_processes(device: str | None = None) -> None:
     if dist.is_initialized():
         return
     kind = choose(device)
+    if device is None and os.environ.get("RANK", "0") == "0":
+        for reason in passed_over(kind):
+            print(f"warning: {reason}", file=sys.stderr)
     os.environ["DS_ACCELERATOR"] = kind.name
     if "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

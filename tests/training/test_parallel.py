@@ -65,12 +65,21 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     for name, message in errors.items():
         with pytest.raises(InputError, match=message):
             parallel.choose(name)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(InputError, match="torch finds no CUDA device or driver"):
+    old_driver(monkeypatch)
+    with pytest.raises(InputError, match="--device: cuda cannot be used here: The NVIDIA driver .* is too old"):
         parallel.choose("cuda")
     npu(monkeypatch, available=False)
     with pytest.raises(InputError, match="torch_npu finds no device"):
         parallel.choose("npu")
+
+
+def old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
@@ -112,6 +121,44 @@ def test_without_torchrun_a_process_is_the_only_one(monkeypatch: pytest.MonkeyPa
     assert [parallel.os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["0", "0", "1"]
     assert int(parallel.os.environ["MASTER_PORT"]) > 1023
     monkeypatch.delenv("WORLD_SIZE")
+
+
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_devices_that_are_there_and_cannot_be_used_are_said_once(
+    rank: str,
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else a run takes days on the CPU of a machine whose card only wants another driver."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(parallel, "DEV", tmp_path)
+    old_driver(monkeypatch)
+    parallel.start_processes()
+    assert not capsys.readouterr().err  # no device, nothing to say
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "davinci3"):
+        (tmp_path / name).touch()
+    parallel.start_processes("cpu")
+    assert not capsys.readouterr().err  # as asked
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    parallel.start_processes()
+    said = capsys.readouterr().err.splitlines()
+    if rank != "0":
+        assert not said
+        return
+    assert said[0] == (
+        f"warning: {tmp_path}/nvidia0 is there, but cuda cannot be used: The NVIDIA driver on your system is too old"
+        " (found version 11040). (CUDA_VISIBLE_DEVICES=); training on cpu"
+    )
+    assert said[1].startswith(
+        f"warning: {tmp_path}/davinci3 is there, but npu cannot be used: torch_npu does not import"
+    )
+    assert len(said) == 2
+    card(monkeypatch, count=2)
+    parallel.start_processes()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "wide"), [("npu", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)])
