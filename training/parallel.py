@@ -122,7 +122,11 @@ def stop_processes() -> None:
     """Leave the group."""
     global _chosen, _reported
     _chosen, _reported = None, False
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if (deepspeed := sys.modules.get("deepspeed")) is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # and the groups that it keeps, which would outlive torch's
+    else:
         dist.destroy_process_group()
 
 

@@ -240,7 +240,7 @@ def mistaken(fault: str) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """All cases, one after the other."""
     torch.set_num_threads(1)
-    parallel.start_processes()
+    parallel.start_processes("cpu")
     found = {name: parity(recipe, folder / name) for name, recipe in PARITY.items()}
     found |= {name: short(recipe, folder / name) for name, recipe in SHORT.items()}
     for name, start in resumptions():

@@ -3,10 +3,9 @@
 import errno
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import pytest
 from memory_samples import MemorySamples
@@ -20,16 +19,9 @@ from training.interrupt import Interrupted
 from training.metrics import MetricsLog, read_lines
 from training.tensorboard import TensorBoard
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def alone() -> Iterator[None]:
-    """One process is all there are."""
-    with patch.dict(os.environ):
-        parallel.start_processes("cpu")
-        yield
-        parallel.stop_processes()
 
 
 def curve(out: Path) -> list[tuple[int, float]]:

@@ -1,12 +1,15 @@
 """The device, its backend and its groups: chosen in one file, and named nowhere else in `training`."""
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import engine_worker as worker
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,6 +162,16 @@ def test_devices_that_are_there_and_cannot_be_used_are_said_once(
     card(monkeypatch, count=2)
     parallel.start_processes()
     assert not capsys.readouterr().err
+
+
+def test_processes_that_stopped_can_start_again() -> None:
+    """DeepSpeed kept groups of the first start, of which torch knew nothing in the second."""
+    with patch.dict(os.environ):
+        for _ in range(2):
+            parallel.start_processes("cpu")
+            worker.engine_of(worker.ALONE["alone-0"]).close()
+            parallel.stop_processes()
+        assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize(("name", "wide"), [("npu", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)])

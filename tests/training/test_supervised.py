@@ -1,13 +1,12 @@
 """The objective: branches see what a question alone would see, the loss is the textbook one, the count is exact."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny_model import exact_ops, lively_model, one_thread
+from tiny_model import exact_ops, lively_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import sail_ops
 from sail_model import SailVL2ForConditionalGeneration, SailVL2Processor
 from sail_ops.testing import assert_accurate
-from training import parallel
 from training.assemble import build_config, build_processor, freeze
 from training.data.batch import Batch, collate, lay_out
 from training.data.conversation import Conversation, Picture, Text, Turn
@@ -25,6 +23,8 @@ from training.evaluate import exact_match
 from training.metrics import FlopCount
 from training.objectives.supervised import Supervised, labeled_logits
 from training.recipes import Recipe
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 Questions = tuple[tuple[str, str], ...]
 ASKED: tuple[Questions, ...] = (
@@ -48,14 +48,6 @@ def source_of(record: Conversation) -> Path:
     part = record.turns[0].parts[0]
     assert isinstance(part, Picture) and isinstance(part.source, Path)
     return part.source
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    with one_thread():
-        parallel.start_processes()
-        yield
-        parallel.stop_processes()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -13,21 +13,14 @@ import pytest
 import torch
 from tiny_trainer import DATA, OneWeight, tiny_trainer
 
-from training import checkpoint, cli, interrupt, parallel
+from training import checkpoint, cli, interrupt
 from training.errors import InputError
 from training.interrupt import Watch
 from training.metrics import MetricsLog, activation_entropy, read_lines
 from training.recipes import Recipe
 from training.schedule import cosine_with_warmup
 
-
-@pytest.fixture(autouse=True, scope="module")
-def alone() -> Iterator[None]:
-    """One process is all there are."""
-    with patch.dict(os.environ):
-        parallel.start_processes("cpu")
-        yield
-        parallel.stop_processes()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def publish(root: Path, step: int, write: Callable[[Path], None] | None = None, keep: int = 2) -> Path:
