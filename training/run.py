@@ -89,7 +89,7 @@ def train_stage(place: Place, parts: Parts, start: checkpoint.Start | None, log:
             trainer.load(start)
         saved = trainer.fit()
         if adapted is not None:
-            save_adapter(adapted, place.out / ADAPTER)
+            export_adapter(adapted, place.out / ADAPTER)
             merged(adapted)  # in place
         export(parts, engine.weights() if adapted is None else None, place.out / checkpoint.MODEL)
         if recipe.zero_stage == 3:  # which leaves every rank with parts of weights
@@ -114,6 +114,16 @@ def prepare(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> nn.Module
     for parameter in model.mlp1.parameters():  # small and often fresh: trained itself
         parameter.requires_grad_("adapter" in recipe.parts)
     return adapted
+
+
+def export_adapter(adapted: nn.Module, folder: Path) -> None:
+    """LoRA's factors apart from the model, as `export` writes that: equal on every rank, from the first alone."""
+
+    def write(writing: Path) -> None:
+        if parallel.is_first():
+            save_adapter(adapted, writing)
+
+    checkpoint.replace_from_ranks(folder, write)
 
 
 def export(parts: Parts, weights: dict[str, Tensor] | None, folder: Path) -> None:
