@@ -67,8 +67,8 @@ def due_tiles(samples: Sequence[Sample], capacity: int) -> Due:
     rows = sum(lengths) / capacity
     mean = sum(tiles) / rows if rows else 0.0
     tokens = round(sum(p.tokens for sample in samples for p in sample.pictures) / max(1, sum(tiles)))
-    counted = zip(lengths, tiles, strict=True)
-    beside = sorted(length / count - tokens for length, count in counted if count)
+    pictured = zip(lengths, tiles, strict=True)
+    beside = sorted(length / count - tokens for length, count in pictured if count)
     words = beside[len(beside) // 4] if beside else 0.0  # with a tile, in samples that have few
     due = Due(mean, mean, tokens, int(HALF * mean))
     for _ in range(SETTLE):
