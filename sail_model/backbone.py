@@ -27,7 +27,7 @@ class BackboneOutput(MoeModelOutputWithPast):
     last_hidden_state: [B, L, D], behind the last norm. image_hidden_states: [N, tokens_per_tile, D].
     `counts_ME` (int64) and `prob_sum_ME` (fp32, with gradient) are `sail_ops.route_topk`'s statistics, a row for each
     mixture-of-experts layer; `num_tokens` (int64 scalar) is how many tokens they count: padding is left out.
-    So the balance loss of layer m is `sail_ops.load_balancing_loss(counts_ME[m], prob_sum_ME[m], num_tokens)`.
+    So the layers' balance losses are `sail_ops.load_balancing_loss(counts_ME, prob_sum_ME, num_tokens)`.
     router_logits: M tensors [T, E], with gradient. expert_ids_MTK: [M, T, K] int64, the experts of each token.
     """
 

@@ -6,7 +6,7 @@ Single-device code; parallelism and engines live in `training`.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 import sail_ops
 
 from .attention import Pack
-from .backbone import AttentionMask, Backbone, BackboneOutput
+from .backbone import AttentionMask, Backbone
 from .config import SailVL2Config
 from .decoder import Experts, LanguageModel
 from .generation import TileGenerationMixin
@@ -163,7 +163,9 @@ class SailVL2ForConditionalGeneration(PreTrainedModel, TileGenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BLD = out.last_hidden_state[:, keep]
-        aux_loss = balance_loss(out) if out.router_logits else None
+        aux_loss = None
+        if out.router_logits:
+            aux_loss = sail_ops.load_balancing_loss(out.counts_ME, out.prob_sum_ME, out.num_tokens).mean()
         loss = None
         if labels is not None:
             following_BL = next_tokens(labels, pack.cu_seqlens if pack else cu_seqlens)[:, keep]
@@ -245,17 +247,6 @@ def is_plain(head: nn.Module, hidden: Tensor) -> bool:
     if type(head) not in (nn.Linear, Linear) or head.bias is not None or "forward" in vars(head) or any(hooks):
         return False
     return head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
-
-
-def balance_loss(out: BackboneOutput) -> Tensor:
-    """Mean over mixture-of-experts layers of E * sum_e f_e P_e; fp32 scalar, with gradient for the routers.
-
-    Layer by layer: pooled, as in transformers, layers that each collapsed onto other experts would look balanced.
-    """
-    counts_ME, prob_sum_ME = cast(Tensor, out.counts_ME), cast(Tensor, out.prob_sum_ME)
-    num_tokens = cast(Tensor, out.num_tokens)
-    rows = zip(counts_ME, prob_sum_ME, strict=True)
-    return torch.stack([sail_ops.load_balancing_loss(*row, num_tokens) for row in rows]).mean()
 
 
 def next_tokens(labels_BL: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -52,20 +52,29 @@ def load_balancing_loss(
 ) -> Tensor:
     """E * sum_e f_e P_e with f = counts / num_tokens, P = prob_sum / num_tokens: k when balanced, larger otherwise.
 
-    counts_E, prob_sum_E: of one layer, from `route_topk`. num_tokens: how many tokens they count, int or scalar.
-    Returns an fp32 scalar, differentiable in prob_sum_E. No tokens at all give 0.
-    group: first sums all three over its ranks, so that every rank returns the loss of the whole batch. The backward
-    sums over the ranks too: once data-parallel training has averaged the gradients, they are those of one process
-    that saw all tokens.
+    counts_E, prob_sum_E: [E] of one layer, from `route_topk`, or stacked [M, E] of M layers that saw the same tokens.
+    num_tokens: how many tokens they count, int or scalar.
+    Returns fp32, a scalar or [M], differentiable in prob_sum_E. No tokens at all give 0. Layers stay apart: pooled,
+    those that each collapsed onto other experts would look balanced.
+    group: first sums all three over its ranks, in one collective, so that every rank returns the loss of the whole
+    batch. The backward sums over the ranks too: once data-parallel training has averaged the gradients, they are
+    those of one process that saw all tokens.
+    Raises ValueError where counts_E and prob_sum_E differ in shape.
     Source: Fedus et al. 2021, "Switch Transformers", section 2.2; over all ranks as in the SAIL-VL2 report.
     """
+    if counts_E.shape != prob_sum_E.shape:
+        raise ValueError(
+            f"load_balancing_loss: counts_E, prob_sum_E: got shapes {list(counts_E.shape)} and"
+            f" {list(prob_sum_E.shape)}, want one for both"
+        )
     n = torch.as_tensor(num_tokens, dtype=torch.float32, device=prob_sum_E.device)
-    E = counts_E.numel()
-    stats = torch.cat([counts_E.to(torch.float32), prob_sum_E.to(torch.float32), n.reshape(1)])
+    shape, E = counts_E.shape, counts_E.shape[-1]
+    stats = torch.cat([counts_E.to(torch.float32).flatten(), prob_sum_E.to(torch.float32).flatten(), n.reshape(1)])
     if group is not None:
         stats = _AllReduceSum.apply(stats, group)
-    counts_E, prob_sum_E, n = stats[:E].detach(), stats[E : 2 * E], stats[-1].detach().clamp(min=1)
-    return E * (counts_E / n * (prob_sum_E / n)).sum()
+    counts_E, prob_sum_E = stats[:-1].view(2, *shape)
+    n = stats[-1].detach().clamp(min=1)
+    return E * (counts_E.detach() / n * (prob_sum_E / n)).sum(-1)
 
 
 class _RouteTopk(torch.autograd.Function):

@@ -108,6 +108,12 @@ class AdaLRS:
         worse = new.velocity < old.velocity - margin or above
         return self._settle(worse, better=new.velocity > old.velocity + margin)
 
+    def put_off(self) -> Action:
+        """Take back the trial that `observe` has just asked for, as its snapshot cannot be written: a window later."""
+        assert self.base is not None and not self.losses
+        self.rate, self.base, self.before = self.base, None, []
+        return Action("keep", self.rate)
+
     def _settle(self, worse: bool, better: bool = False) -> Action:
         """End the trial: its rate, the rate before, or a lower one from the snapshot."""
         assert self.base is not None

@@ -67,7 +67,7 @@ class Parts:
         return int(self.processor.tokenizer.pad_token_id)
 
 
-def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
+def assemble(recipe: Recipe, start: checkpoint.Start | None = None) -> Parts:
     """Processor and model of a recipe, equal on every rank.
 
     With a checkpoint to go on from, processor and configuration are its own, and the engine brings the weights:
@@ -76,8 +76,8 @@ def assemble(recipe: Recipe, start: Path | None = None) -> Parts:
     """
     torch.manual_seed(recipe.seed)
     if start is not None:
-        folder = start / checkpoint.MODEL
-        with checkpoint.reading(start):
+        folder = start.folder / checkpoint.MODEL
+        with checkpoint.reading(start.folder):
             model = SailVL2ForConditionalGeneration(SailVL2Config.from_pretrained(folder))
             return Parts(SailVL2Processor.from_pretrained(folder), model)
     if recipe.vision:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -30,7 +30,15 @@ MODEL = "model"
 LOCK = ".lock"
 WRITING = ".writing-"
 PACKAGES = ("torch", "transformers", "deepspeed", "sail-ops")
-KEYS = {"stage", "step", "total", "plan", "feed", "bad", "not_finite", "peak", "adalrs", "world", "data", "versions"}
+KEYS = {"stage", "step", "total", "plan", "feed", "bad", "not_finite", "peak", "recent", "adalrs"}
+KEYS |= {"world", "data", "versions"}
+
+
+class Start(NamedTuple):
+    """A checkpoint to go on from, and the trainer's state in it, as `read_state` gave it."""
+
+    folder: Path
+    state: dict[str, Any]
 
 
 def step_name(step: int) -> str:
@@ -104,13 +112,13 @@ def only_run_in(out: Path) -> Iterator[None]:
         yield
 
 
-def check_data(checkpoint: Path, source: str, found: Any) -> None:
+def check_data(start: Start, source: str, found: Any) -> None:
     """Raises InputError where the data is not what the checkpoint was trained on (`Mixture.fingerprint`)."""
-    trained = read_state(checkpoint)["data"]
+    trained = start.state["data"]
     if trained != found:
         was, now = ("; ".join(map(_described, data)) for data in (trained, found))
         raise InputError(
-            f"--resume: {checkpoint}: trained on {was}, but {source} has {now}; a run goes on with its own data alone:"
+            f"--resume: {start.folder}: trained on {was}, but {source} has {now}; a run goes on with its own data:"
             f" bring that back, or start a new run"
         )
 

@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
     plan: Plan
     out: Path
-    start: Path | None
+    start: checkpoint.Start | None
     device: str | None
 
 
@@ -129,12 +129,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _go_on(given: argparse.Namespace, changes: dict[str, Any]) -> Command:
     if given.config is not None or hasattr(given, "recipe"):
         raise InputError("--resume: goes on with the checkpoint's own recipe; leave out --recipe and --config")
-    start = checkpoint.resolve(given.resume)
-    state = checkpoint.read_state(start)
-    out = given.out or start.parent.parent
-    if out.resolve() != start.parent.parent.resolve() and _holds_a_run(out):
+    folder = checkpoint.resolve(given.resume)
+    start = checkpoint.Start(folder, checkpoint.read_state(folder))
+    out = given.out or folder.parent.parent
+    if out.resolve() != folder.parent.parent.resolve() and _holds_a_run(out):
         raise InputError(f"--out: {out}: holds checkpoints of another run; give a new folder, or none")
-    return Command(tuple(resumed(saved, changes) for saved in state["plan"]), out, start, given.device)
+    return Command(tuple(resumed(saved, changes) for saved in start.state["plan"]), out, start, given.device)
 
 
 def _unused(folder: Path) -> Path:

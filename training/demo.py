@@ -45,10 +45,10 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("training.demo: --test: got none, want data held out: the demo tests what it has trained")
     parallel.start_processes(command.device)
     parts = assemble(command.plan[0], command.start)
-    train_records, test_records = (list(usable(open_data(name))) for name in (recipe.data, recipe.test))
     data = open_samples(recipe, parts.processor, recipe.test)
+    train_records, test_records = (list(usable(mixture)) for mixture in (open_data(recipe.data), data.mixture))
     encoded(test_records, data)  # a question that does not fit is said before training
-    first_step = 0 if command.start is None else checkpoint.read_state(command.start)["total"]
+    first_step = 0 if command.start is None else command.start.state["total"]
     last = train(command, parts)
     trained = time.perf_counter()
     measured = evaluate(recipe, parts, data, train_records, test_records)

@@ -2,11 +2,16 @@
 
 import os
 import socket
+import sys
+import warnings
+from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from training.errors import InputError
 
@@ -23,6 +28,8 @@ class Kind(NamedTuple):
 
 
 KINDS = {kind.name: kind for kind in (Kind("cuda", "nccl"), Kind("npu", "hccl"), Kind("cpu", "gloo"))}
+DEVICE_FILES = {"cuda": "nvidia[0-9]*", "npu": "davinci[0-9]*"}  # in DEV, of a driver that is loaded
+DEV = Path("/dev")
 _chosen: Kind | None = None
 _reported = False
 
@@ -43,7 +50,7 @@ def _missing(name: str) -> str | None:
     if name == "cuda":
         if torch.version.cuda is None:
             return "this torch is built without CUDA"
-        return None if torch.cuda.is_available() else "torch finds no CUDA device or driver"
+        return _cuda_error()
     if name == "npu":
         try:
             import torch_npu  # registers the device "npu"; needs CANN
@@ -51,6 +58,31 @@ def _missing(name: str) -> str | None:
             return f"torch_npu does not import: {error}"
         return None if torch_npu.npu.is_available() else "torch_npu finds no device"
     return None
+
+
+def _cuda_error() -> str | None:
+    """What torch says of a driver that is missing or too old, or of hidden devices; None where there is one."""
+    with warnings.catch_warnings(action="ignore"):  # it is said once, by us
+        if torch.cuda.is_available():
+            return None
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+            return reason if hidden is None else f"{reason} (CUDA_VISIBLE_DEVICES={hidden})"
+    return "torch finds no CUDA device or driver"
+
+
+def passed_over(chosen: Kind) -> list[str]:
+    """A sentence for each kind that comes before `chosen`, has device files on this machine and cannot be used."""
+    before = list(KINDS)[: list(KINDS).index(chosen.name)]
+    found = {name: min(DEV.glob(DEVICE_FILES[name]), default=None) for name in before}
+    return [
+        f"{path} is there, but {name} cannot be used: {_missing(name)}; training on {chosen.name}"
+        for name, path in found.items()
+        if path is not None
+    ]
 
 
 def start_processes(device: str | None = None) -> None:
@@ -62,6 +94,9 @@ def start_processes(device: str | None = None) -> None:
     if dist.is_initialized():
         return
     kind = choose(device)
+    if device is None and os.environ.get("RANK", "0") == "0":
+        for reason in passed_over(kind):
+            print(f"warning: {reason}", file=sys.stderr)
     os.environ["DS_ACCELERATOR"] = kind.name
     if "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -87,7 +122,11 @@ def stop_processes() -> None:
     """Leave the group."""
     global _chosen, _reported
     _chosen, _reported = None, False
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if (deepspeed := sys.modules.get("deepspeed")) is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # and the groups that it keeps, which would outlive torch's
+    else:
         dist.destroy_process_group()
 
 
@@ -120,6 +159,21 @@ def device() -> torch.device:
     """The device of this process."""
     name = kind().name
     return HOST if name == HOST.type else torch.device(name, int(os.environ["LOCAL_RANK"]))
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of this process's random generators, by kind of device: torch's own, and its accelerator's."""
+    states = {HOST.type: torch.get_rng_state()}
+    if (name := kind().name) != HOST.type:
+        states[name] = getattr(torch, name).get_rng_state()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Tensor]) -> None:
+    """Go on from what `random_states` gave; a generator of a kind of device that is not in `states` stays as it is."""
+    torch.set_rng_state(states[HOST.type])
+    if (name := kind().name) != HOST.type and name in states:
+        getattr(torch, name).set_rng_state(states[name])
 
 
 def data_group() -> dist.ProcessGroup | None:

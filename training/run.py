@@ -32,8 +32,9 @@ def train(command: Command, parts: Parts) -> Path:
     """
     out, start = command.out, command.start
     plan = tuple(with_steps(recipe, parts) for recipe in command.plan)
-    state = {"stage": 0, "step": 0, "total": 0} if start is None else checkpoint.read_state(start)
-    steps_before, saved = state["total"] - state["step"], start
+    state = {"stage": 0, "step": 0, "total": 0} if start is None else start.state
+    steps_before = state["total"] - state["step"]
+    saved: Path | None = None
     peak = peak_flops(plan[0].dtype) * parallel.world()
     with ExitStack() as stack:
         if parallel.is_first():
@@ -60,7 +61,7 @@ def with_steps(recipe: Recipe, parts: Parts) -> Recipe:
     return replace(recipe, steps=max(1, round(tokens / (recipe.streams * recipe.stream_length))))
 
 
-def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> Path:
+def train_stage(place: Place, parts: Parts, start: checkpoint.Start | None, log: RunLog) -> Path:
     """One stage, its engine made and taken apart; the checkpoint of its end."""
     recipe = place.recipe
     torch.manual_seed(recipe.seed)  # of LoRA's fresh factors: the same where a run was resumed in the stage before
@@ -88,7 +89,7 @@ def train_stage(place: Place, parts: Parts, start: Path | None, log: RunLog) -> 
             trainer.load(start)
         saved = trainer.fit()
         if adapted is not None:
-            save_adapter(adapted, place.out / ADAPTER)
+            export_adapter(adapted, place.out / ADAPTER)
             merged(adapted)  # in place
         export(parts, engine.weights() if adapted is None else None, place.out / checkpoint.MODEL)
         if recipe.zero_stage == 3:  # which leaves every rank with parts of weights
@@ -113,6 +114,16 @@ def prepare(model: SailVL2ForConditionalGeneration, recipe: Recipe) -> nn.Module
     for parameter in model.mlp1.parameters():  # small and often fresh: trained itself
         parameter.requires_grad_("adapter" in recipe.parts)
     return adapted
+
+
+def export_adapter(adapted: nn.Module, folder: Path) -> None:
+    """LoRA's factors apart from the model, as `export` writes that: equal on every rank, from the first alone."""
+
+    def write(writing: Path) -> None:
+        if parallel.is_first():
+            save_adapter(adapted, writing)
+
+    checkpoint.replace_from_ranks(folder, write)
 
 
 def export(parts: Parts, weights: dict[str, Tensor] | None, folder: Path) -> None:

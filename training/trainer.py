@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training import checkpoint, parallel
-from training.adalrs import AdaLRS
+from training.adalrs import Action, AdaLRS
 from training.assemble import Parts
 from training.data.loader import LoadedStep, StreamLoader, WorkerDied
 from training.engines.engine import Engine, StepResult
@@ -181,12 +181,21 @@ class Trainer:
             return
         action = adalrs.observe(self.step, loss)
         if action.kind == "try":
-            checkpoint.replace_from_ranks(self._snapshot, self.engine.save)
+            action = self._snapshot_for(adalrs, action)
         elif action.kind == "roll_back":
             self.engine.load(self._snapshot)
         if action.rate != self.peak:
             self.log.say(f"step {self._total()}: AdaLRS: peak learning rate {self.peak:.3g} -> {action.rate:.3g}")
             self.peak = action.rate
+
+    def _snapshot_for(self, adalrs: AdaLRS, trial: Action) -> Action:
+        """A full disk is no reason to end the run: without a snapshot the trial waits, at the rate before it."""
+        try:
+            checkpoint.replace_from_ranks(self._snapshot, self.engine.save)
+        except checkpoint.NotSaved as error:
+            self.log.say(f"step {self._total()}: AdaLRS: {error}; the trial of another learning rate is put off")
+            return adalrs.put_off()
+        return trial
 
     @property
     def _snapshot(self) -> Path:
@@ -251,14 +260,14 @@ class Trainer:
             if self.adalrs is not None and self.adalrs.holds_snapshot:
                 shutil.copytree(self._snapshot, folder / ADALRS, copy_function=os.link)
 
-    def load(self, folder: Path) -> None:
+    def load(self, start: checkpoint.Start) -> None:
         """Go on from a checkpoint: weights, optimizer, data order, random numbers, step."""
-        state = checkpoint.read_state(folder)
+        folder, state = start
         then, now = state["versions"], checkpoint.versions()
         changed = [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
         if changed:
             self.log.say(f"{folder}: written with {'; '.join(changed)}: the curve may differ by rounding")
-        checkpoint.check_data(folder, self.recipe.data, self.data)
+        checkpoint.check_data(start, self.recipe.data, self.data)
         with checkpoint.reading(folder):
             self.engine.load(folder / ENGINE)
             self.loader.load_state_dict(state["feed"])

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -177,9 +178,11 @@ def test_bad_input(args, kwargs, message: str) -> None:
 # ---- load balancing
 
 
-def loss_of(x: Tensor, mask_T: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    routing = sail_ops.route_topk(x, 2, renormalize=True, mask_T=mask_T)
-    return sail_ops.load_balancing_loss(routing.counts_E, routing.prob_sum_E, mask_T.sum(), group=group)
+def losses_of(x: Tensor, mask_T: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Of two layers."""
+    routings = [sail_ops.route_topk(logits, 2, renormalize=True, mask_T=mask_T) for logits in (x, -x)]
+    counts_ME, prob_sum_ME = (torch.stack([getattr(r, name) for r in routings]) for name in ("counts_E", "prob_sum_E"))
+    return sail_ops.load_balancing_loss(counts_ME, prob_sum_ME, mask_T.sum(), group=group)
 
 
 def test_balanced_routing_gives_k() -> None:
@@ -190,27 +193,52 @@ def test_balanced_routing_gives_k() -> None:
     assert sail_ops.load_balancing_loss(torch.zeros(8).long(), torch.zeros(8), 0).item() == 0
 
 
+def test_stacked_layers_are_kept_apart() -> None:
+    counts_ME = torch.tensor([8 * [25], [100, 100, *6 * [0]]])  # pooled, the second would be hidden
+    losses = sail_ops.load_balancing_loss(counts_ME, counts_ME / 2, 100)
+    torch.testing.assert_close(losses, torch.tensor([2.0, 8.0]))
+    assert sail_ops.load_balancing_loss(torch.zeros(0, 8).long(), torch.zeros(0, 8), 100).shape == (0,)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 64, 128, 1000])
+def test_stacked_layers_are_bit_for_bit_those_of_each(experts: int) -> None:
+    counts_ME = (testing.random(7, experts, seed=1).abs() * 100).long()
+    prob_sum_ME = (testing.random(7, experts, seed=2).abs() * 30).requires_grad_()
+    stacked = sail_ops.load_balancing_loss(counts_ME, prob_sum_ME, 333)
+    layers = [sail_ops.load_balancing_loss(*row, 333) for row in zip(counts_ME, prob_sum_ME, strict=True)]
+    assert torch.equal(stacked, torch.stack(layers))
+    grads = [torch.autograd.grad(loss, prob_sum_ME)[0] for loss in (stacked.sum(), torch.stack(layers).sum())]
+    assert grads[0].any() and torch.equal(*grads)
+
+
+def test_statistics_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got shapes \[2, 8\] and \[8\]"):
+        sail_ops.load_balancing_loss(torch.zeros(2, 8).long(), torch.zeros(8), 1)
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     weight = testing.random(16, 8, seed=9).requires_grad_()
     tokens, mask_T = testing.random(40, 16, seed=3), torch.arange(40) % 5 > 0
     mine = slice(0, 29) if rank == 0 else slice(29, 40)  # ranks of unequal size
-    loss = loss_of(tokens[mine] @ weight, mask_T[mine], dist.group.WORLD)
-    loss.backward()
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collectives:
+        losses = losses_of(tokens[mine] @ weight, mask_T[mine], dist.group.WORLD)
+        losses.sum().backward()
+    assert collectives.call_count == 2, "want one for all layers, and one in backward"
     assert weight.grad is not None
     dist.all_reduce(weight.grad)  # what data-parallel training does: the mean over the ranks
-    torch.save((loss.detach(), weight.grad / 2), f"{folder}/{rank}.pt")
+    torch.save((losses.detach(), weight.grad / 2), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.cpu_only
-def test_two_ranks_give_the_loss_and_gradient_of_one_process(tmp_path: Path) -> None:
+def test_two_ranks_give_the_losses_and_gradient_of_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     weight = testing.random(16, 8, seed=9).requires_grad_()
-    loss = loss_of(testing.random(40, 16, seed=3) @ weight, torch.arange(40) % 5 > 0)
-    (grad,) = torch.autograd.grad(loss, weight)
+    losses = losses_of(testing.random(40, 16, seed=3) @ weight, torch.arange(40) % 5 > 0)
+    (grad,) = torch.autograd.grad(losses.sum(), weight)
     for rank in range(2):
-        got_loss, got_grad = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(got_loss, loss.detach())
+        got_losses, got_grad = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(got_losses, losses.detach())
         torch.testing.assert_close(got_grad, grad)

@@ -24,7 +24,6 @@ import sail_ops
 from training import parallel
 from training.data.batch import Batch, Row, collate, lay_out
 from training.data.sample import IGNORE, Sample
-from training.engines import deepspeed
 from training.engines.deepspeed import DeepSpeedEngine
 from training.objectives.supervised import Supervised
 from training.recipes import Recipe
@@ -215,7 +214,7 @@ def not_finite(recipe: Recipe, where: str) -> dict[str, Any]:
 @contextmanager
 def wrong(fault: str) -> Iterator[None]:
     """A mistake in the arithmetic over ranks."""
-    forward, sum_over_ranks, balance_losses = Supervised.forward, parallel.sum_over_ranks, deepspeed.balance_losses
+    forward, sum_over_ranks, balance = Supervised.forward, parallel.sum_over_ranks, sail_ops.load_balancing_loss
 
     def left_out(self: Supervised, batch: Batch) -> Any:
         out = forward(self, batch)
@@ -223,7 +222,7 @@ def wrong(fault: str) -> Iterator[None]:
 
     with {
         WRONG[0]: patch.object(Supervised, "forward", left_out),
-        WRONG[1]: patch.object(deepspeed, "balance_losses", lambda *args: balance_losses(*args[:3], None)),
+        WRONG[1]: patch.object(sail_ops, "load_balancing_loss", lambda *args, group: balance(*args)),
         WRONG[2]: patch.object(parallel, "sum_over_ranks", lambda v: v if len(v) == 1 else sum_over_ranks(v)),
     }[fault]:
         yield
@@ -241,7 +240,7 @@ def mistaken(fault: str) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """All cases, one after the other."""
     torch.set_num_threads(1)
-    parallel.start_processes()
+    parallel.start_processes("cpu")
     found = {name: parity(recipe, folder / name) for name, recipe in PARITY.items()}
     found |= {name: short(recipe, folder / name) for name, recipe in SHORT.items()}
     for name, start in resumptions():

@@ -73,10 +73,11 @@ def tiny_trainer(
     saved = SimpleNamespace(save_pretrained=_save_nothing)
     parts: Any = SimpleNamespace(processor=saved, model=SimpleNamespace(config=saved))
     flops: Any = SimpleNamespace(step=lambda *counts: 1.0)
-    done = 0 if start is None else checkpoint.read_state(start)["total"]
+    saved_state = None if start is None else checkpoint.Start(start, checkpoint.read_state(start))
+    done = 0 if saved_state is None else saved_state.state["total"]
     with RunLog(out, recipe.steps, done, 1, 1.0) as log:
         trainer = Trainer(Place(out, (recipe,), 0, 0), engine, loader, parts, data, flops, log)
-        if start is not None:
-            trainer.load(start)
+        if saved_state is not None:
+            trainer.load(saved_state)
         yield trainer
     loader.close()

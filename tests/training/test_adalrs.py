@@ -103,6 +103,15 @@ def test_a_loss_that_is_not_finite_ends_a_trial_and_is_left_out_elsewhere() -> N
     assert search.observe(4, math.inf) == Action("roll_back", 0.5)
 
 
+def test_a_trial_that_is_put_off_comes_after_another_window() -> None:
+    search = AdaLRS(1.0, window=3)
+    assert [search.observe(step, 5.0 - step).kind for step in range(3)] == ["keep", "keep", "try"]
+    assert search.put_off() == Action("keep", 1.0)
+    assert not search.holds_snapshot and search.rate == 1.0 and search.trials == 0
+    assert AdaLRS.from_state(search.state_dict()) == search
+    assert [search.observe(step, 5.0 - step) for step in range(3, 6)][-1] == Action("try", 3.0)
+
+
 def test_a_resumed_search_goes_on_exactly() -> None:
     assert optimize(1e-2, searching=True, watch=resumed_every_step, steps=200) == optimize(
         1e-2, searching=True, steps=200

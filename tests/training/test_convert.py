@@ -1,9 +1,13 @@
 """Parquet and Arrow become shards that hold every usable row, whole or not at all, the same bytes each time."""
 
+import errno
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -167,6 +171,57 @@ def test_a_file_in_arrows_other_form(tmp_path: Path) -> None:
     with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table)
     assert list(rows(tmp_path / "a.arrow")) == [{"question": "q", "answer": "a"}]
+
+
+BLOCK = 512  # of a tar; each record of the test has a header and one of content
+
+
+def blanked(*blocks: int) -> Callable[[Path], None]:
+    """Zeros in their place, as a crash leaves them: the size is right, and a header of zeros ends a tar."""
+
+    def damage(shard: Path) -> None:
+        data = bytearray(shard.read_bytes())
+        for block in blocks:
+            data[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
+        shard.write_bytes(data)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "records lost": (blanked(2, 3, 4, 5), "wrote 3 records, 1 can be read"),
+    "first blank": (blanked(1), r"what was written cannot be read \(.*00000.tar: /000000000: "),
+    "last blank": (blanked(5), r"what was written cannot be read \(.*00000.tar: /000000002: "),
+    "cut": (lambda shard: os.truncate(shard, 700), r"00000.tar: has 700 bytes, shards.json says 10240"),
+}
+
+
+@pytest.mark.parametrize(("damage", "wrong"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_what_the_disk_did_not_keep_is_no_conversion(
+    damage: Callable[[Path], None], wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_parquet(tmp_path / "a.parquet", [{"question": f"q{n}", "answer": "a"} for n in range(3)])
+    write = convert.write_shards
+
+    def damaged(folder: Path, *arguments: Any) -> Any:
+        found = write(folder, *arguments)
+        damage(folder / "00000.tar")
+        return found
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=wrong):
+        patched.setattr(convert, "write_shards", damaged)
+        convert.convert(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert convert.convert(path, tmp_path / "out") == (3, 1, 0)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = as_parquet(tmp_path / "a.parquet", [{"question": "q", "answer": "a"}])
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(convert, "write_shards", Mock(side_effect=full))
+    with pytest.raises(InputError, match=r"a\.parquet: could not be converted: .*No space left on device"):
+        convert.main([str(path), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import engine_worker as worker
 import pytest
 import torch
-from tiny_model import one_thread
 from torch import Tensor
 
 from sail_model import SailVL2ForConditionalGeneration
@@ -23,16 +22,10 @@ from training.engines.deepspeed import STATE, parameter_groups
 from training.errors import InputError
 from training.recipes import Recipe
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 BOUND = 2e-6
 Steps = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    with one_thread():
-        parallel.start_processes()
-        yield
-        parallel.stop_processes()
 
 
 @pytest.fixture(scope="module")

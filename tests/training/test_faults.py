@@ -3,10 +3,9 @@
 import errno
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import pytest
 from memory_samples import MemorySamples
@@ -18,18 +17,12 @@ from training.errors import InputError
 from training.faults import BadRecords, NotFinite
 from training.interrupt import Interrupted
 from training.metrics import MetricsLog, read_lines
+from training.recipes import Recipe
 from training.tensorboard import TensorBoard
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def alone() -> Iterator[None]:
-    """One process is all there are."""
-    with patch.dict(os.environ):
-        parallel.start_processes("cpu")
-        yield
-        parallel.stop_processes()
 
 
 def curve(out: Path) -> list[tuple[int, float]]:
@@ -157,6 +150,20 @@ def test_a_full_disk_delays_lines_of_metrics_and_ends_tensorboard_alone(
     printed = capsys.readouterr().out
     assert printed.count("its lines wait for room, training goes on") == 2
     assert printed.count("training goes on without it") == 1
+
+
+def test_a_full_disk_puts_off_a_trial_of_a_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"adalrs": True, "adalrs_window": 3, "warmup": 0, "schedule": "constant", "steps": 8, "save_every": 100}
+    with tiny_trainer(tmp_path, engine := OneWeight(), **options) as trainer:
+        Disk(engine, (1,))
+        saved = trainer.fit()
+    printed = capsys.readouterr().out
+    assert "step 3: AdaLRS: " in printed and "No space left on device" in printed
+    assert printed.count("is put off") == 1 and "step 6: AdaLRS: peak learning rate" in printed
+    rates = [line["lr"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert rates == [Recipe().lr] * 6 + [3 * Recipe().lr] * 2
+    assert (saved / "adalrs" / "weight").read_text().endswith(" 6")  # calls
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 # ---- a loss or gradient that is not finite

@@ -85,7 +85,8 @@ def test_a_system_prompt_beside_the_turns() -> None:
 
 def test_pictures_beside_a_record_and_in_it() -> None:
     data = base64.b64encode(b"picture").decode()
-    for url in (f"data:image/png;base64,{data}", {"url": f"data:;base64,{data}"}):
+    broken = "\r\n".join([data[:4], data[4:], ""])  # as MIME breaks lines
+    for url in (f"data:image/png;base64,{data}", {"url": f"data:;base64,{data}"}, f"data:;base64,{broken}"):
         part = {"type": "image_url", "image_url": url}
         found = read({"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "x"}]})
         assert found.turns[0].parts == (Picture(b"picture"),)

@@ -10,8 +10,11 @@ import torch
 from tiny_model import lively_model, one_thread, pixels, prompt, tiny_config
 from torch import nn
 
+from training import parallel
+from training.checkpoint import NotSaved
 from training.errors import InputError
 from training.lora import LoraOptions, load_adapter, merged, save_adapter, targets, trainable_share, wrap
+from training.run import export_adapter
 
 IDS, PIXELS = prompt(1, 12, 0)[None], pixels(1)
 ALL = LoraOptions(rank=2, alpha=6.0, vision=True)
@@ -107,6 +110,29 @@ def test_adapter_apart_and_merged_are_the_same_model(tmp_path: Path) -> None:
     assert not any("lora" in name for name in model.state_dict())
     torch.testing.assert_close(model(input_ids=IDS, pixel_values=PIXELS).logits, logits)
     assert torch.equal(model.generate(**greedy), words)  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_first_rank_alone_writes_the_adapter_and_a_full_disk_keeps_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wrapped = tmp_path / "adapter", adapted()
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel, "is_first", lambda: False)
+        export_adapter(wrapped, folder)
+    assert not list(tmp_path.iterdir())
+    export_adapter(wrapped, folder)
+    written = (folder / "adapter_model.safetensors").read_bytes()
+
+    def full(_: Any, writing: Path) -> None:
+        (writing / "adapter_model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.run.save_adapter", full)
+    with pytest.raises(NotSaved, match="adapter: could not be written: .*No space left"):
+        export_adapter(wrapped, folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == written
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_loaded_adapter_can_be_trained_on(tmp_path: Path) -> None:

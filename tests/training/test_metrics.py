@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,7 @@ from training.progress import closing_table, figures
 from training.runlog import METRICS, RunLog
 from training.tensorboard import TensorBoard
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    parallel.start_processes("cpu")
-    yield
-    parallel.stop_processes()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def line(step: int, stage: str = "all", layers: int = 2, **changes: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def mixture(folder: Path, text: str) -> str:
     return str(folder / "mixture.yaml")
 
 
+HUGE = "- {path: large.jsonl, weight: 1.0e+308}\n"
 BOTH = "sources:\n- path: small.jsonl\n- path: large.jsonl\n"
 
 
@@ -39,6 +40,22 @@ BOTH = "sources:\n- path: small.jsonl\n- path: large.jsonl\n"
 )
 def test_weights(text: str, weights: tuple[float, ...], folder: Path) -> None:
     assert open_data(mixture(folder, text)).weights == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_mixture_may_be_json(mark: str, folder: Path) -> None:
+    sources = [{"path": "small.jsonl", "weight": 3}, {"path": "large.jsonl", "weight": 1}]
+    path = folder / "mixture.JSON"
+    path.write_text(mark + json.dumps({"sources": sources}, indent="\t"), encoding="utf-8")  # YAML knows no tabs
+    assert open_data(str(path)).weights == (0.75, 0.25)
+    path.write_text('{"sources": [}')
+    with pytest.raises(InputError, match=r"mixture.JSON: Expecting value"):
+        open_data(str(path))
+    path.write_text('{"messages": []}')
+    with pytest.raises(InputError, match="no JSON list, nor a mixture's sources; where it has a record a line"):
+        open_data(str(path))
+    path.write_text(json.dumps([{"messages": [{"role": "assistant", "content": '"sources"'}]}]))
+    assert len(open_data(str(path)).sources[0]) == 1
 
 
 def test_a_source_of_weight_zero_is_left_out(folder: Path) -> None:
@@ -75,6 +92,11 @@ def test_bad_records_are_not_usable(folder: Path) -> None:
         ("sources:\n- {path: small.jsonl, limit: 0}", "limit: got 0"),
         ("sources:\n- {path: small.jsonl, limit: true}", "limit: got True"),
         ("balance: x\n" + BOTH, "balance: got 'x'"),
+        ("balance: 400\n" + BOTH, "mixture.yaml: balance: got 400, too large for these sources"),
+        ("balance: 255.9\n" + BOTH + "- path: large.jsonl\n", "balance: got 255.9, too large"),  # the sum alone is
+        ("balance: .inf\n" + BOTH, "balance: got inf"),
+        ("sources:\n- {path: small.jsonl, weight: 1.0e+308}\n" + HUGE, r"weight: got 1e\+308 of inf in all"),
+        ("sources:\n- {path: small.jsonl, weight: 1.0e-300}\n" + HUGE, r"weight: got 1e-300 of 1e\+308 in all"),
         ("sources:\n- {path: none.jsonl}", "is no file"),
     ],
 )

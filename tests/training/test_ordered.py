@@ -1,21 +1,14 @@
 """Gradients reach ZeRO-2's buckets in one order, whatever order they arrive in, and none is left out."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from training import parallel
 from training.engines.ordered import InOrder
 
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    parallel.start_processes("cpu")
-    yield
-    parallel.stop_processes()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 class Buckets:

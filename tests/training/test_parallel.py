@@ -1,17 +1,21 @@
 """The device, its backend and its groups: chosen in one file, and named nowhere else in `training`."""
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import engine_worker as worker
 import pytest
 import torch
 import torch.distributed as dist
 
 from training import parallel
+from training.engines import fragments
 from training.errors import InputError
 
 TRAINING = Path(parallel.__file__).parent
@@ -64,12 +68,21 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     for name, message in errors.items():
         with pytest.raises(InputError, match=message):
             parallel.choose(name)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(InputError, match="torch finds no CUDA device or driver"):
+    old_driver(monkeypatch)
+    with pytest.raises(InputError, match="--device: cuda cannot be used here: The NVIDIA driver .* is too old"):
         parallel.choose("cuda")
     npu(monkeypatch, available=False)
     with pytest.raises(InputError, match="torch_npu finds no device"):
         parallel.choose("npu")
+
+
+def old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
@@ -113,6 +126,54 @@ def test_without_torchrun_a_process_is_the_only_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("WORLD_SIZE")
 
 
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_devices_that_are_there_and_cannot_be_used_are_said_once(
+    rank: str,
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else a run takes days on the CPU of a machine whose card only wants another driver."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(parallel, "DEV", tmp_path)
+    old_driver(monkeypatch)
+    parallel.start_processes()
+    assert not capsys.readouterr().err  # no device, nothing to say
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "davinci3"):
+        (tmp_path / name).touch()
+    parallel.start_processes("cpu")
+    assert not capsys.readouterr().err  # as asked
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    parallel.start_processes()
+    said = capsys.readouterr().err.splitlines()
+    if rank != "0":
+        assert not said
+        return
+    assert said[0] == (
+        f"warning: {tmp_path}/nvidia0 is there, but cuda cannot be used: The NVIDIA driver on your system is too old"
+        " (found version 11040). (CUDA_VISIBLE_DEVICES=); training on cpu"
+    )
+    assert said[1].startswith(
+        f"warning: {tmp_path}/davinci3 is there, but npu cannot be used: torch_npu does not import"
+    )
+    assert len(said) == 2
+    card(monkeypatch, count=2)
+    parallel.start_processes()
+    assert not capsys.readouterr().err
+
+
+def test_processes_that_stopped_can_start_again() -> None:
+    """DeepSpeed kept groups of the first start, of which torch knew nothing in the second."""
+    with patch.dict(os.environ):
+        for _ in range(2):
+            parallel.start_processes("cpu")
+            worker.engine_of(worker.ALONE["alone-0"]).close()
+            parallel.stop_processes()
+        assert not dist.is_initialized()
+
+
 @pytest.mark.parametrize(("name", "wide"), [("npu", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)])
 def test_sums_are_as_wide_as_the_device_has_numbers(
     name: str, wide: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +187,46 @@ def test_sums_are_as_wide_as_the_device_has_numbers(
 
     monkeypatch.setattr(dist, "all_reduce", twice)
     assert parallel.sum_over_ranks([1.0, 2.5]) == [2.0, 5.0]
+
+
+class Accelerator:
+    """A device's generator, beside torch's own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+        self.get_rng_state, self.set_rng_state = self.generator.get_state, self.generator.set_state
+
+    def draw(self) -> float:
+        return float(torch.rand(1, generator=self.generator))
+
+
+class NoFragments(fragments.Fragments):
+    def __iter__(self) -> Iterator[fragments.Fragment]:
+        return iter(())
+
+    def load(self, stored: fragments.Stored, steps: int) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["npu", "cpu"])
+def test_a_checkpoint_holds_the_random_states_of_host_and_device(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Accelerator()
+    monkeypatch.setattr(torch, "npu", device, raising=False)
+    monkeypatch.setattr(parallel, "_chosen", parallel.KINDS[name])
+    fragments.write(tmp_path, NoFragments(), 0, 1)
+    wanted = (torch.rand(1), device.draw())
+    fragments.Stored(tmp_path, 1).restore_random_state(0)
+    host, on_device = torch.rand(1), device.draw()
+    assert torch.equal(host, wanted[0]) and (on_device == wanted[1]) == (name == "npu")
+
+
+def test_a_device_that_the_checkpoint_did_not_know_keeps_its_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, twin = Accelerator(), Accelerator()
+    monkeypatch.setattr(torch, "npu", device, raising=False)
+    monkeypatch.setattr(parallel, "_chosen", parallel.KINDS["npu"])
+    parallel.restore_random_states({"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)})
+    assert device.draw() == twin.draw()
 
 
 NAMES = {"cpu", "npu", "gloo", "nccl", "hccl"}

@@ -148,7 +148,8 @@ def written_checkpoint(run: Path, plan: tuple[Recipe, ...] = (Recipe(),), data: 
 def test_resume_takes_recipe_and_folder_of_the_run(tmp_path: Path) -> None:
     folder = written_checkpoint(tmp_path, DEMO)
     plan = tuple(replace(stage, save_every=3) for stage in DEMO)
-    assert read("--resume", str(tmp_path), "--save-every", "3") == (plan, tmp_path, folder, None)
+    start = checkpoint.Start(folder, checkpoint.read_state(folder))
+    assert read("--resume", str(tmp_path), "--save-every", "3") == (plan, tmp_path, start, None)
 
 
 @pytest.mark.parametrize(
@@ -208,11 +209,12 @@ def test_a_resumed_run_refuses_other_data(data: Path, tmp_path: Path) -> None:
     recipe = Recipe(data=str(data))
     found = open_samples(recipe, assemble(recipe).processor).fingerprint
     folder = written_checkpoint(tmp_path / "run", data=found)
-    checkpoint.check_data(folder, "data", found)
+    start = checkpoint.Start(folder, checkpoint.read_state(folder))
+    checkpoint.check_data(start, "data", found)
     data.write_text(data.read_text().replace("red", "sad"))
     edited = open_samples(recipe, assemble(recipe).processor).fingerprint
     with pytest.raises(InputError, match="trained on 2 records, sha256 .*, but all.jsonl has 2 records, sha256"):
-        checkpoint.check_data(folder, "all.jsonl", edited)
+        checkpoint.check_data(start, "all.jsonl", edited)
 
 
 def test_a_resumed_run_has_the_checkpoints_tokenizer_and_config(
@@ -224,7 +226,7 @@ def test_a_resumed_run_has_the_checkpoints_tokenizer_and_config(
     fresh.model.config.save_pretrained(tmp_path / "start" / checkpoint.MODEL)
     monkeypatch.setattr("training.assemble.build_processor", None)
     monkeypatch.setattr("training.assemble.MODELS", {})
-    again = assemble(Recipe(data=str(data)), tmp_path / "start")
+    again = assemble(Recipe(data=str(data)), checkpoint.Start(tmp_path / "start", {}))
     assert again.processor.tokenizer.get_vocab() == fresh.processor.tokenizer.get_vocab()
     for part in ("text_config", "vision_config"):
         assert getattr(again.model.config, part).to_dict() == getattr(fresh.model.config, part).to_dict()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training.data.conversation import BadRecord, Picture, Text
+from training.data.conversation import BadRecord, Picture, Text, Turn
 from training.data.index import Index
 from training.data.sources import open_source
 from training.errors import InputError
@@ -80,7 +80,7 @@ def test_a_list_in_a_json_file(bom: bytes, tmp_path: Path) -> None:
     ("data", "wrong"),
     [
         (b"[]", "no records"),
-        (b'{"messages": []}', "no JSON list; where it has a record a line"),
+        (b'{"messages": []}', "no JSON list, .*; where it has a record a line"),
         (b"[{}, {}", "cut or damaged at byte 7: want , or"),
         (b'[{"a": ', "cut or damaged at byte 1: Expecting"),
         (b"[1 2]", "cut or damaged at byte 3"),
@@ -175,8 +175,45 @@ def test_shards(form: int, tmp_path: Path) -> None:
     pictures = [part.source for part in source.conversation(1).turns[0].parts if isinstance(part, Picture)]
     assert pictures == [str(n).encode() for n in range(11)]
     assert words(pickle.loads(pickle.dumps(source)), 2) == "q"
-    with pytest.raises(BadRecord, match="a-1.tar: /four: has no .json"):
+    with pytest.raises(BadRecord, match="a-1.tar: /four: has neither .json nor .txt"):
         source.conversation(3)
+
+
+def test_a_picture_with_its_text_is_a_caption(tmp_path: Path) -> None:
+    """As public caption sets are, often with metadata beside: {"url": ...}."""
+    about = b'{"caption": "b", "url": "u"}'
+    shard = [
+        ("one", {"jpg": b"1", "txt": b"\xef\xbb\xbf a red circle,\nalone \n"}),
+        ("two", {"txt": "ein großer Kreis".encode(), "png": b"2", "json": about}),
+        ("three", {"jpg": b"3", "txt": b"left alone", "json": shown(1)}),
+    ]
+    write_shard(tmp_path / "a.tar", shard)
+    source = open_source(tmp_path / "a.tar")
+    for number, picture, caption in ((0, b"1", "a red circle,\nalone"), (1, b"2", "ein großer Kreis")):
+        asked, answer = source.conversation(number).turns
+        assert asked == Turn("user", (Picture(picture),))
+        assert answer == Turn("assistant", (Text(caption),), learn=True)
+    # a conversation is itself, whatever lies beside it
+    assert source.conversation(2).turns[0].parts == (Picture(b"3"), Text("q"))
+
+
+@pytest.mark.parametrize(
+    ("members", "wrong"),
+    [
+        ({"jpg": b"1", "txt": b" \n"}, "the caption is empty"),
+        ({"jpg": b"1", "txt": b"\xff\xfe"}, "can't decode byte 0xff"),
+        ({"jpg": b"1", "txt": b"see <image>"}, "holds <image>"),
+        ({"txt": b"a"}, "0 pictures and 1 .txt, want one caption of one picture"),
+        ({"0.jpg": b"1", "1.jpg": b"2", "txt": b"a"}, "2 pictures and 1 .txt"),
+        ({"jpg": b"1", "short.txt": b"a", "long.txt": b"b"}, "1 pictures and 2 .txt"),
+        ({"jpg": b"1", "txt": b"a", "json": b"{"}, "Expecting property name"),
+        ({"jpg": b"1", "json": b'{"caption": "a"}'}, "got caption; want"),
+    ],
+)
+def test_what_is_no_caption(members: dict[str, bytes], wrong: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [("one", members)])
+    with pytest.raises(BadRecord, match=f"a.tar: /one: .*{wrong}"):
+        open_source(tmp_path / "a.tar").conversation(0)
 
 
 @pytest.mark.parametrize("cut", [700, 1500, 2048, 2500])

@@ -2,14 +2,15 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from memory_samples import MemorySamples
+from memory_samples import MemorySamples, labeled
 
-from training.data.order import Order
-from training.data.sample import IGNORE
+from training.data.order import Order, mix
+from training.data.sample import IGNORE, Sample
 from training.data.streams import Drawn, LogicalStream, Packing, balanced
 from training.errors import InputError
 
@@ -135,3 +136,42 @@ def test_balance_brings_the_tiles_of_streams_together() -> None:
         tiles = np.array([[len(one.next().row.pixels) for one in streams] for _ in range(32)])
         spreads.append(float((tiles.max(1) - tiles.min(1)).mean() / tiles.mean()))
     assert spreads[1] < 0.4 * spreads[0] and spreads[1] < 0.1
+
+
+class LongTail(MemorySamples):
+    """Of 40 records one has so much text that the tiles of a usual row find no room beside it."""
+
+    def sample(self, source: int, record: int) -> list[Sample]:
+        found = super().sample(source, record)
+        if mix(record, source) % 40:
+            return found
+        ids = np.full(130 + mix(record) % 40, 1000 * source + record, dtype=np.int32)
+        return [Sample(ids, labeled(ids))]
+
+
+@pytest.mark.parametrize("kind", [MemorySamples, LongTail])
+def test_two_rows_have_the_tiles_of_any_other_two(kind: type[MemorySamples]) -> None:
+    samples = kind(lengths=(40_000, 10_000))
+    packing = balanced(samples, Packing(capacity=200, candidates=128), seed=3, streams=8)
+    assert packing.due is not None and bool(packing.due.share) == (kind is LongTail)
+    streams = [stream(samples, packing, number, streams=8) for number in range(8)]
+    rows = [[one.next().row for one in streams] for _ in range(48)]
+    tiles = np.array([[len(row.pixels) for row in step] for step in rows])
+    pairs = tiles.reshape(48, 4, 2).sum(2)
+    off = np.abs(pairs / pairs.mean(1, keepdims=True) - 1)
+    assert off.max() <= 0.05
+    assert np.mean([[len(row) for row in step] for step in rows]) > 0.99 * 200
+    assert tiles.mean() == pytest.approx(packing.due.mean, rel=0.03)
+
+
+def test_rows_follow_their_candidates_in_turns() -> None:
+    """Where the first records said too little: else the tiles that are left would pile up."""
+    samples = MemorySamples(lengths=(40_000, 10_000))
+    packing = balanced(samples, Packing(capacity=200, candidates=128), seed=3, streams=4)
+    assert packing.due is not None
+    low = replace(packing.due, mean=0.97 * packing.due.mean, usual=0.97 * packing.due.usual)
+    streams = [stream(samples, replace(packing, due=low), number, streams=4) for number in range(4)]
+    tiles = np.array([[len(one.next().row.pixels) for one in streams] for _ in range(60)])
+    moved = tiles - np.array([low.of(step) for step in range(60)])[:, None]
+    assert not (moved[:, 0::2] * moved[:, 1::2]).any()  # of two neighbors one moves
+    assert moved.max() == 1 and tiles[20:].mean() == pytest.approx(packing.due.mean, rel=0.02)

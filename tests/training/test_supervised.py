@@ -1,20 +1,19 @@
 """The objective: branches see what a question alone would see, the loss is the textbook one, the count is exact."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny_model import exact_ops, lively_model, one_thread
+from tiny_model import exact_ops, lively_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import sail_ops
 from sail_model import SailVL2ForConditionalGeneration, SailVL2Processor
 from sail_ops.testing import assert_accurate
-from training import parallel
 from training.assemble import build_config, build_processor, freeze
 from training.data.batch import Batch, collate, lay_out
 from training.data.conversation import Conversation, Picture, Text, Turn
@@ -22,8 +21,10 @@ from training.data.encode import Encoder
 from training.data.sample import IGNORE, Branch, PictureSlot, Sample
 from training.evaluate import exact_match
 from training.metrics import FlopCount
-from training.objectives.supervised import Supervised, balance_losses, labeled_logits
+from training.objectives.supervised import Supervised, labeled_logits
 from training.recipes import Recipe
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 Questions = tuple[tuple[str, str], ...]
 ASKED: tuple[Questions, ...] = (
@@ -47,14 +48,6 @@ def source_of(record: Conversation) -> Path:
     part = record.turns[0].parts[0]
     assert isinstance(part, Picture) and isinstance(part.source, Path)
     return part.source
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    with one_thread():
-        parallel.start_processes()
-        yield
-        parallel.stop_processes()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +174,7 @@ def test_every_parameter_gets_a_dense_gradient(
     out = Supervised(model)(batch)
     assert bool(out.loss_sum > 0) == labels and out.loss_sum.requires_grad
     assert (out.counts_ME == 0).any(), "the case should leave experts without a token"
-    balance = balance_losses(out.counts_ME, out.prob_sum_ME, batch.tokens, None)
+    balance = sail_ops.load_balancing_loss(out.counts_ME, out.prob_sum_ME, batch.tokens)
     (out.loss_sum + balance.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     seen = [bool(parameter.grad.any()) for parameter in model.vision_model.parameters()]  # type: ignore[union-attr]
@@ -207,18 +200,6 @@ def test_without_pictures_all_differentiate_what_those_with_pictures_do(
     for given in (batch, text_alone(encoder)):
         out = Supervised(model)(given)
         assert out.loss_sum.requires_grad and out.prob_sum_ME.requires_grad
-
-
-def test_balance_loss_is_kept_apart_by_layer() -> None:
-    experts, top_k, tokens = 8, 2, 100
-    balanced = torch.full((experts,), tokens * top_k // experts)
-    collapsed = torch.zeros(experts, dtype=torch.int64)
-    collapsed[:top_k] = tokens
-    counts_ME = torch.stack([balanced, collapsed])
-    prob_sum_ME = counts_ME.float() / top_k
-    losses = balance_losses(counts_ME, prob_sum_ME, tokens, None)
-    torch.testing.assert_close(losses, torch.tensor([float(top_k), float(experts)]))
-    assert balance_losses(torch.zeros(0, 0), torch.zeros(0, 0), tokens, None).shape == (0,)
 
 
 class Given:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -13,21 +13,14 @@ import pytest
 import torch
 from tiny_trainer import DATA, OneWeight, tiny_trainer
 
-from training import checkpoint, cli, interrupt, parallel
+from training import checkpoint, cli, interrupt
 from training.errors import InputError
 from training.interrupt import Watch
 from training.metrics import MetricsLog, activation_entropy, read_lines
 from training.recipes import Recipe
 from training.schedule import cosine_with_warmup
 
-
-@pytest.fixture(autouse=True, scope="module")
-def alone() -> Iterator[None]:
-    """One process is all there are."""
-    with patch.dict(os.environ):
-        parallel.start_processes("cpu")
-        yield
-        parallel.stop_processes()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def publish(root: Path, step: int, write: Callable[[Path], None] | None = None, keep: int = 2) -> Path:
@@ -175,6 +168,24 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, damage: tuple[str,
     with pytest.raises(InputError, match=wanted) as raised, tiny_trainer(tmp_path, OneWeight(), start=saved):
         pass
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", sorted(checkpoint.KEYS))
+def test_a_checkpoint_that_lacks_what_this_version_needs_is_one_sentence(tmp_path: Path, key: str) -> None:
+    state = dict.fromkeys(checkpoint.KEYS - {key})
+    (tmp_path / checkpoint.TRAINER).write_text(json.dumps(state))
+    with pytest.raises(InputError, match=f"--resume: .*written by another version .*trainer.json has no {key}"):
+        checkpoint.read_state(tmp_path)
+
+
+def test_what_is_saved_is_what_is_asked_for_and_read_once(tmp_path: Path) -> None:
+    with tiny_trainer(tmp_path, OneWeight()) as trainer:
+        saved = trainer.fit()
+    assert checkpoint.read_state(saved).keys() == checkpoint.KEYS
+    with patch.object(checkpoint, "read_state", wraps=checkpoint.read_state) as reads:
+        with tiny_trainer(tmp_path, OneWeight(), start=saved, steps=12) as again:
+            assert again.step == 9
+        assert reads.call_count == 1
 
 
 def test_a_lost_process_is_no_damage() -> None:

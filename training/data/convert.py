@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 from PIL import Image
 
 from training.checkpoint import replace_folder
+from training.data.conversation import BadRecord
 from training.data.formats import conversation_of
 from training.data.sources import LIST, PICTURE_ENDINGS, open_source
 from training.data.tables import record_of, rows, table_files
@@ -115,12 +116,18 @@ def _size(members: Members) -> int:
 
 
 def _check(folder: Path, records: int) -> None:
-    """What was written is what training will read: its number of records, the first and the last of them."""
+    """What was written is what training will read: its number of records, the first and the last of them.
+
+    Raises InputError.
+    """
     source = open_source(folder)
     if len(source) != records:
-        raise OSError(f"{folder}: wrote {records} records, {len(source)} can be read")
-    source.conversation(0)
-    source.conversation(records - 1)
+        raise InputError(f"{folder}: wrote {records} records, {len(source)} can be read; look at the disk")
+    for number in (0, records - 1):
+        try:
+            source.conversation(number)
+        except BadRecord as error:
+            raise InputError(f"{folder}: what was written cannot be read ({error}); look at the disk") from error
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -130,7 +137,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--split", help="of a folder that holds several: train, test, ...")
     given = parser.parse_args(arguments)
-    found = convert(given.source, given.out, split=given.split)
+    try:
+        found = convert(given.source, given.out, split=given.split)
+    except OSError as error:  # a full disk
+        raise InputError(f"{given.source}: could not be converted: {error}") from error
     print(f"wrote {given.out}: {found.records:,} records in {found.shards} shards")
     if found.skipped:
         print(f"warning: skipped {found.skipped:,} rows; {given.out / SKIPPED} names them", file=sys.stderr)

@@ -5,6 +5,7 @@
 - LLaVA, ShareGPT: {"conversations": [{"from", "value"}], "image": path or list}, `<image>` likewise.
 - LLaMA-Factory's "system" beside either: a system message before the others.
 - questions: {"picture": path, "questions": [[question, answer], ...]}, independent questions about one picture.
+- captions: in a shard, a picture with its .txt: the picture without words, and the text as the answer to it.
 
 A message with "learn": false (or "weight": 0, as OpenAI has it) is not learned; of the others, the assistant's are.
 """
@@ -26,6 +27,7 @@ WANTED = (
     'want {"messages": [{"role": ..., "content": ...}]}, {"conversations": [{"from": ..., "value": ...}]} or'
     ' {"picture": path, "questions": [[question, answer], ...]}'
 )
+FORMS = ("questions", "messages", "conversations")
 _ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -69,6 +71,22 @@ def conversation_of(record: Any, folder: Path | None, where: str, pictures: Sequ
         if name in record:
             return _dialogue(record, name, read, folder, where, pictures)
     raise ValueError(f"got {', '.join(map(str, record)) or 'nothing'}; {WANTED}")
+
+
+def is_conversation(record: Any) -> bool:
+    """Whether it has one of the forms; else, beside a caption, it is metadata."""
+    return isinstance(record, dict) and any(name in record for name in FORMS)
+
+
+def captioned(pictures: Sequence[bytes], captions: Sequence[bytes], where: str) -> Conversation:
+    """The one picture shown, its one caption learned, without the white space around it. Raises ValueError."""
+    if len(pictures) != 1 or len(captions) != 1:
+        raise ValueError(f"{len(pictures)} pictures and {len(captions)} .txt, want one caption of one picture")
+    caption = captions[0].decode("utf-8-sig").strip()
+    if not caption:
+        raise ValueError("the caption is empty")
+    turns = (Turn("user", (Picture(pictures[0]),)), Turn("assistant", (words(caption),), learn=True))
+    return Conversation(turns, where=where)
 
 
 def _dialogue(
@@ -129,8 +147,10 @@ def picture_source(entry: Any, folder: Path | None) -> Path | bytes:
 
 
 def _decoded(text: str) -> bytes:
+    """White space in it is left out: many encoders break lines."""
+    encoded = text.partition("base64,")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(text.partition("base64,")[2] if text.startswith("data:") else text, validate=True)
+        return base64.b64decode("".join(encoded.split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"a picture's base64: {error}") from error
 

@@ -61,7 +61,7 @@ class Index:
                 aside = place / f".{name}.{os.getpid()}.npy"
                 np.save(aside, values)
                 aside.replace(place / f"{name}.npy")
-            described = {"stamp": self._stamp, "digest": digest, "arrays": {name: v.size for name, v in arrays.items()}}
+            described = {"stamp": self._stamp, "digest": digest, "arrays": list(arrays)}
             aside = place / f".index.{os.getpid()}.json"
             aside.write_text(json.dumps(described), encoding="utf-8")
             aside.replace(place / "index.json")  # last: it says that the arrays are whole

@@ -66,7 +66,9 @@ def _spans(path: Path, text: str) -> Iterator[int]:
     decoder = json.JSONDecoder()
     position = _skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0)  # a byte order mark
     if text[position : position + 1] != "[":
-        raise InputError(f"{path}: holds no JSON list; where it has a record a line, name it .jsonl")
+        raise InputError(
+            f"{path}: holds no JSON list, nor a mixture's sources; where it has a record a line, name it .jsonl"
+        )
     position = _skip(text, position + 1)
     yield position
     while text[position : position + 1] != "]":

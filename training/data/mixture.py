@@ -7,10 +7,13 @@
         weight: 3                 # of two sources with weights 3 and 1, three records in four are of the first
         limit: 100000             # of this many records, drawn once from all by the seed of the limit
 
+The same as JSON: {"sources": [{"path": "captions.jsonl"}]}.
 A weight counts records drawn, and explicit ones stand beside the balanced ones of the others as they are, after these
 were scaled to a mean of 1. Source: SAIL-VL2 report, section 3 ("balances dataset ratios"); the formula is ours.
 """
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ import yaml
 
 from training.data.conversation import BadRecord, Conversation
 from training.data.easy_vqa import NAMES, EasyVqa
+from training.data.json_edges import WHITE
 from training.data.order import permuted
 from training.data.sources import Source, open_source
 from training.errors import InputError
@@ -67,20 +71,30 @@ class Limited:
 
 
 def open_data(name: str) -> Mixture:
-    """What `name` means: 'easy_vqa', a mixture's .yaml, a .jsonl, a .json, a .tar, or a folder. Raises InputError."""
+    """What `name` means: 'easy_vqa', a mixture's file, a .jsonl, a .json, a .tar, or a folder. Raises InputError."""
     if name in NAMES:
         return Mixture((EasyVqa(name),), (1.0,))
     path = Path(name)
     if not path.exists():
         raise InputError(f"data: got {name!r}, want {', '.join(NAMES)}, or a file or folder that exists")
-    if path.suffix.lower() in (".yaml", ".yml"):
+    if path.suffix.lower() in (".yaml", ".yml") or _is_json_mixture(path):
         return _read_mixture(path)
     return Mixture((open_source(path),), (1.0,))
 
 
+def _is_json_mixture(path: Path) -> bool:
+    """Whether the file holds an object that has sources, and no list of records."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    return head.lstrip(WHITE).startswith(b"{") and b'"sources"' in head
+
+
 def _read_mixture(path: Path) -> Mixture:
+    read = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: {error}") from error
     _check_keys(f"{path}", found, {"balance", "sources"})
@@ -110,15 +124,30 @@ def _open_entry(path: Path, entry: dict[str, Any]) -> Source:
 
 
 def _weights(owner: str, sizes: list[int], given: list[Any], balance: float) -> list[float]:
-    powers = [size**balance for size, weight in zip(sizes, given, strict=True) if weight is None]
-    mean = sum(powers) / max(1, len(powers))
-    weights = [
-        size**balance / mean if weight is None else _number(f"{owner}: weight", weight)
-        for size, weight in zip(sizes, given, strict=True)
-    ]
-    if not sum(weights):
+    own = [size for size, weight in zip(sizes, given, strict=True) if weight is None]
+    balanced = iter(_balanced(owner, own, balance))
+    weights = [next(balanced) if weight is None else _number(f"{owner}: weight", weight) for weight in given]
+    total = sum(weights)
+    if not total:
         raise InputError(f"{owner}: the weights of all sources are 0")
-    return [weight / sum(weights) for weight in weights]
+    shares = [weight / total for weight in weights]
+    if lost := [weight for weight, share in zip(weights, shares, strict=True) if weight and not share]:
+        raise InputError(f"{owner}: weight: got {lost[0]:g} of {total:g} in all, which is no share of the records")
+    return shares
+
+
+def _balanced(owner: str, sizes: list[int], balance: float) -> list[float]:
+    """size ** balance, scaled to a mean of 1."""
+    try:
+        powers = [size**balance for size in sizes]
+    except OverflowError:
+        powers = [math.inf]
+    mean = sum(powers) / max(1, len(powers))
+    if mean == math.inf:
+        raise InputError(
+            f"{owner}: balance: got {balance:g}, too large for these sources; want 0 (equal) to 1 (by size)"
+        )
+    return [power / mean for power in powers]
 
 
 def _number(owner: str, value: Any) -> float:

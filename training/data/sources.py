@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from training.data.conversation import BadRecord, Conversation
-from training.data.formats import conversation_of
+from training.data.formats import captioned, conversation_of, is_conversation
 from training.data.index import Arrays, Index
 from training.data.json_edges import elements, lines
 from training.errors import InputError
@@ -78,7 +78,10 @@ class JsonFile:
 
 
 class Shard:
-    """A WebDataset tar: members of one key are a record, key.json with key.jpg, or key.0.jpg, key.1.jpg, ..."""
+    """A WebDataset tar: members of one key are a record, key.json with key.jpg, or key.0.jpg, key.1.jpg, ...
+
+    key.jpg with key.txt is a captioned picture; then a key.json that is no conversation is metadata.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
@@ -104,7 +107,7 @@ class Shard:
         return self._index["names"][start:stop].tobytes().decode(errors="replace")
 
     def _conversation(self, names: list[str], spans: list[tuple[int, int]], where: str) -> Conversation:
-        record, pictures = None, []
+        record, pictures, captions = None, [], []
         members = zip(names, spans, _read(self.path, *spans), strict=True)
         for name, (_, size), data in sorted(members, key=lambda member: _natural(member[0])):
             ending = Path(name).suffix.lower()
@@ -114,8 +117,12 @@ class Shard:
                 record = json.loads(data)
             elif ending in PICTURE_ENDINGS:
                 pictures.append(data)
+            elif ending == ".txt":
+                captions.append(data)
+        if captions and not is_conversation(record):
+            return captioned(pictures, captions, where)
         if record is None:
-            raise ValueError("has no .json")
+            raise ValueError("has neither .json nor .txt")
         return conversation_of(record, None, where, pictures)
 
 

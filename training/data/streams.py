@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sail_model.images import CorruptImageError
+from training.data.balance import Due, due_tiles
 from training.data.batch import Row, lay_out
 from training.data.conversation import BadRecord
 from training.data.order import Order
@@ -22,20 +23,18 @@ from training.errors import InputError
 Fault = tuple[str, str]  # where, reason
 Key = tuple[int, int, int]  # source, record, part of a record that gave several samples
 HOPELESS = 10_000  # bad records in a row
-# every eighth row has half the tiles, in the same step in all streams: there over-long samples find room
-LONG_EVERY, LONG_SHARE = 8, 0.5
-USUAL_SHARE = (LONG_EVERY - LONG_SHARE) / (LONG_EVERY - 1)
+# where a stream's candidates have more or fewer tiles than are due, its rows take a tenth of the difference, in turns,
+# and at most a tenth of a row's tiles: half of that where two rows are a micro-batch
+PULL, MOST_PULLED = 0.1, 0.1
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows are made. `tiles` is the mean number a row that pictures are balanced to, of `tile_tokens` tokens each;
-    None without."""
+    """How rows are made; `due` are the tiles that they are balanced to, None without."""
 
     capacity: int
     candidates: int
-    tiles: float | None = None
-    tile_tokens: int = 0
+    due: Due | None = None
     blank: bool = False
 
 
@@ -56,8 +55,8 @@ class LogicalStream:
         self.samples, self.packing = samples, packing
         self.order = Order(samples.lengths, samples.weights, seed, number, streams)
         self.waiting: list[tuple[Key, Sample]] = []
-        # tiles owed: starts spread over the streams, so that neighbors do not all round up in the same step
-        self.owed, self.rows = _radical_inverse(number), 0
+        self.number, self.rows = number, 0
+        self.owed = 0.0  # tiles, to where its candidates pull
         self._faults: list[Fault] = []
         self._records = 0
 
@@ -91,39 +90,24 @@ class LogicalStream:
     def _choose(self) -> list[int]:
         samples = [sample for _, sample in self.waiting]
         lengths, tiles = [len(sample) for sample in samples], [sample.tiles for sample in samples]
-        if self.packing.tiles is None:
+        if (due := self.packing.due) is None:
             return choose(lengths, self.packing.capacity)
-        self.owed += self._tiles_due(sum(tiles), sum(lengths))
-        wanted = int(self.owed)
-        self.owed -= wanted
-        order = self._turns(samples)
+        wanted = self._wanted(due, sum(tiles) / max(1, sum(lengths)) * self.packing.capacity)
+        order = due.order(self.rows, lengths, tiles, self.packing.capacity)
         self.rows += 1
         lengths, tiles = ([values[place] for place in order] for values in (lengths, tiles))
         return [order[place] for place in choose_balanced(lengths, tiles, self.packing.capacity, wanted)]
 
-    def _tiles_due(self, tiles: int, tokens: int) -> float:
-        """The mean of all streams, moved by at most 2% to where this stream's own candidates pull."""
-        assert self.packing.tiles is not None
-        mean = self.packing.tiles
-        own = tiles / max(1, tokens) * self.packing.capacity
-        share = LONG_SHARE if self._for_long else USUAL_SHARE
-        return share * min(1.02 * mean, max(0.98 * mean, own))
-
-    @property
-    def _for_long(self) -> bool:
-        return self.rows % LONG_EVERY == LONG_EVERY - 1
-
-    def _turns(self, samples: Sequence[Sample]) -> list[int]:
-        """The oldest comes first, but over-long ones in their own steps, where all streams have fewer tiles."""
-        is_long = [self._is_long(sample) for sample in samples]
-        long_first = self._for_long or sum(is_long) > len(samples) // 4
-        return sorted(range(len(samples)), key=lambda place: is_long[place] != long_first)
-
-    def _is_long(self, sample: Sample) -> bool:
-        """Whether it leaves no room for the tiles of a usual row beside its own text."""
-        assert self.packing.tiles is not None
-        usual = USUAL_SHARE * self.packing.tiles * self.packing.tile_tokens
-        return len(sample) - sample.tiles * self.packing.tile_tokens + usual > self.packing.capacity
+    def _wanted(self, due: Due, own: float) -> int:
+        """The tiles that are due, moved towards those that its candidates would fill a row with, which would run out of
+        tiles or of text else. Neighbors move in turns, so that two together move by half."""
+        if due.is_for_long(self.rows):
+            return due.few
+        most = max(1.0, MOST_PULLED * due.mean)
+        self.owed = max(-most, min(most, self.owed + PULL * (own - due.mean)))
+        moved = int(self.owed) if (self.rows + self.number) % 2 else 0
+        self.owed -= moved
+        return max(0, due.of(self.rows) + moved)
 
     def state_dict(self) -> dict[str, Any]:
         """For JSON; waiting samples as their keys."""
@@ -166,12 +150,15 @@ def decoded_row(samples: Sequence[Sample], data: Samples, *, blank: bool = False
 
 
 class Probe(NamedTuple):
-    """What the first records that the streams draw hold together."""
+    """How many of the first records that the streams draw were looked at, and the samples that they gave."""
 
     records: int
-    tokens: int
-    tiles: int
-    image_tokens: int
+    samples: list[Sample]
+
+    @property
+    def tokens(self) -> int:
+        """Of all its samples."""
+        return sum(map(len, self.samples))
 
 
 def probe(samples: Samples, *, seed: int, streams: int, records: int = 2048) -> Probe:
@@ -183,22 +170,10 @@ def probe(samples: Samples, *, seed: int, streams: int, records: int = 2048) -> 
         for _ in range(each):
             with suppress(BadRecord):
                 found += samples.sample(*order.next())
-    pictures = [picture for sample in found for picture in sample.pictures]
-    tiles, image_tokens = (sum(getattr(picture, name) for picture in pictures) for name in ("tiles", "tokens"))
-    return Probe(each * streams, sum(map(len, found)), tiles, image_tokens)
+    return Probe(each * streams, found)
 
 
 def balanced(samples: Samples, packing: Packing, *, seed: int, streams: int) -> Packing:
     """`packing` with the tiles of a full row of this data."""
     found = probe(samples, seed=seed, streams=streams)
-    tiles = found.tiles / max(1, found.tokens) * packing.capacity
-    return replace(packing, tiles=tiles, tile_tokens=round(found.image_tokens / max(1, found.tiles)))
-
-
-def _radical_inverse(number: int) -> float:
-    """The bits of `number` mirrored at the binary point: 0, 1/2, 1/4, 3/4, 1/8, ... (van der Corput)."""
-    value, share = 0.0, 0.5
-    while number:
-        value += share * (number & 1)
-        number, share = number >> 1, share / 2
-    return value
+    return replace(packing, due=due_tiles(found.samples, packing.capacity))

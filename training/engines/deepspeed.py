@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+import sail_ops
 from training import parallel
 from training.data.batch import Batch
 from training.engines import fragments
 from training.engines.engine import StepResult
 from training.engines.ordered import InOrder
 from training.errors import InputError
-from training.objectives.supervised import balance_losses
 from training.recipes import PARTS, Recipe
 
 STATE = "engine.json"
@@ -61,7 +61,9 @@ class DeepSpeedEngine:
             group["lr"] = lr * group["lr_share"]
         for number, batch in enumerate(batches, start=1):
             out = self._engine(batch.to(parallel.device(), self.dtype))
-            balance_M = balance_losses(out.counts_ME, out.prob_sum_ME, batch.tokens, parallel.data_group())
+            balance_M = sail_ops.load_balancing_loss(
+                out.counts_ME, out.prob_sum_ME, batch.tokens, group=parallel.data_group()
+            )
             # 0 x loss is NaN where the loss is not finite: then its gradient is too, and no rank makes the step
             self._engine.backward(
                 out.loss_sum * (share + 0.0 * out.loss_sum.detach()) + self.recipe.balance * _mean(balance_M)

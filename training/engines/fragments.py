@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training import parallel
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-RANDOM = "random state"
+RANDOM = "random state"  # of the generator of each kind of device
 
 
 class Fragment:
@@ -77,9 +77,11 @@ class Stored:
         return out
 
     def restore_random_state(self, rank: int) -> None:
-        """Of torch's CPU generator; a rank beyond those that wrote keeps its own."""
+        """Of the rank that wrote as this one; one beyond those that wrote keeps its own."""
         if rank < len(self._files):
-            torch.set_rng_state(self._files[rank].get_tensor(RANDOM))
+            file = self._files[rank]
+            keys = [key for key in file.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118 (no mapping)
+            parallel.restore_random_states({key.removeprefix(f"{RANDOM}/"): file.get_tensor(key) for key in keys})
 
 
 class Fragments(ABC):
@@ -100,7 +102,7 @@ def file_name(rank: int, world: int) -> str:
 
 def write(folder: Path, fragments: Fragments, rank: int, world: int) -> None:
     """This rank's file. Raises OSError where it cannot be written."""
-    tensors, starts = {RANDOM: torch.get_rng_state()}, {}
+    tensors, starts = {f"{RANDOM}/{kind}": state for kind, state in parallel.random_states().items()}, {}
     for fragment in fragments:
         for kind, values in fragment.values.items():
             key = f"{kind}/{fragment.name}"

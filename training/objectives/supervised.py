@@ -7,7 +7,6 @@ terms over all ranks before gradients are averaged, so the number of processes d
 from typing import NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import sail_ops
@@ -73,17 +72,3 @@ def _inputs(model: SailVL2ForConditionalGeneration, batch: Batch) -> dict[str, T
     blank = batch.pixels.new_zeros(1, *batch.pixels.shape[1:])
     nothing = 0.0 * model.get_image_features(blank).float().sum()
     return {"inputs_embeds": model.model.embed(batch.input_ids_BL, None) + nothing}
-
-
-def balance_losses(counts_ME: Tensor, prob_sum_ME: Tensor, num_tokens: int, group: dist.ProcessGroup | None) -> Tensor:
-    """E * sum_e f_e P_e of each expert layer, over the tokens of all ranks of `group`; fp32 [M].
-
-    A balanced layer scores K (experts a token), one that always picks the same K experts up to E. The layers stay
-    apart: pooled, layers that each collapsed onto other experts would look balanced.
-    Source: SAIL-VL2 report, section 2.2 ("average activation across ranks").
-    """
-    layers = [
-        sail_ops.load_balancing_loss(counts_E, sum_E, num_tokens, group=group)
-        for counts_E, sum_E in zip(counts_ME, prob_sum_ME, strict=True)
-    ]
-    return torch.stack(layers) if layers else prob_sum_ME.new_zeros(0)
