@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -88,7 +89,9 @@ def stop_processes() -> None:
     global _chosen, _reported
     _chosen, _reported = None, False
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # DeepSpeed keeps groups of its own, and makes none anew while it has them
+        deepspeed = sys.modules.get("deepspeed.comm.comm")
+        (dist if deepspeed is None or deepspeed.cdb is None else deepspeed).destroy_process_group()
 
 
 def is_lost(error: BaseException) -> bool:
