@@ -10,6 +10,7 @@ compare times on the same content. Our steps have a load-balancing loss, of whic
 import copy
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import count
 from typing import Any
 
@@ -19,9 +20,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 pytest.importorskip("deepspeed", reason="trained by DeepSpeed: pip install 'sail-ops[train]'")
 pytest.importorskip("easy_vqa", reason="trained on easy-vqa: pip install 'sail-ops[train]'")
 
-from benchmarks import harness, loopback, wire
+from benchmarks import harness, loopback, stock, wire
 from benchmarks.cases import size_name
-from benchmarks.stock import StockBatch, StockSupervised, packed, padded, question_rows, stock_model
 from benchmarks.worker import Worker
 from sail_model.tokenizer import IMAGE_CONTEXT
 from training import parallel
@@ -90,46 +90,30 @@ class TrainingSteps:
         )
         return [loader.next().batches[0] for _ in range(steps)]
 
-    def _objective(self, side: str) -> Supervised | StockSupervised:
+    def _objective(self, side: str) -> Supervised | stock.StockSupervised:
         if side == "sail":
             return Supervised(self.parts.model.train())
-        return StockSupervised(stock_model(self.parts.model.config, self.state).train())
+        return stock.StockSupervised(stock.stock_model(self.parts.model.config, self.state).train())
 
-    def _batch(self, name: str, pack: Batch) -> Batch | StockBatch:
+    def _batch(self, name: str, pack: Batch) -> Batch | stock.StockBatch:
         if name == "sail":
             return pack
         if name == "stock packed":
-            return packed(pack)
+            return stock.packed(pack)
         processor = self.parts.processor
         image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
-        rows = question_rows(pack, processor.tokens_per_tile, image_token, self.parts.pad_id)
-        return rows if name == "sail padded" else padded(rows)
+        rows = stock.question_rows(pack, processor.tokens_per_tile, image_token, self.parts.pad_id)
+        return rows if name == "sail padded" else stock.padded(rows)
 
     def work(self, name: str) -> dict[str, float]:
         """Of a step, means over the pool."""
-        found = [_work(batch) for batch in self.batches[name]]
+        found = [stock.work(batch) for batch in self.batches[name]]
         return {key: sum(each[key] for each in found) / len(found) for key in found[0]}
 
     def loss(self, name: str) -> float:
         """Mean over the packs that a step was made of."""
         losses = self.losses[name].values()
         return sum(losses) / len(losses)
-
-
-def _work(batch: Batch | StockBatch) -> dict[str, int]:
-    if isinstance(batch, Batch):
-        rows, pixels = batch.input_ids_BL, batch.pixels
-    else:
-        rows, pixels = batch.inputs["input_ids"], batch.inputs["pixel_values"]
-    counted = {"rows": len(rows), "positions": rows.numel(), "tiles": len(pixels)}
-    return counted | {"tokens": batch.tokens, "labels": batch.labels}
-
-
-def stock_facts(steps: TrainingSteps) -> dict[str, str]:
-    """Which of its implementations transformers has chosen."""
-    language = steps.engines["stock"].objective.get_submodule("model.model.language_model")
-    config: Any = language.config
-    return {"attention": config._attn_implementation, "experts": config._experts_implementation}
 
 
 def test_training_step(benchmark: BenchmarkFixture, memory_worker: Worker) -> None:
@@ -147,8 +131,9 @@ def test_training_step(benchmark: BenchmarkFixture, memory_worker: Worker) -> No
             samples,
             family="training",
             kind="train",
-            case={"model": "the demo's", "dtype": steps.recipe.dtype, "mixture": steps.recipe.data},
-            stock=stock_facts(steps),
+            case={"model": "the demo's model", "dtype": steps.recipe.dtype, "mixture": steps.recipe.data},
+            deepspeed=version("deepspeed"),
+            stock=stock.implementations(steps.engines["stock"].objective),
             work={name: steps.work(name) for name in NAMES},
             loss={name: steps.loss(name) for name in NAMES},
             peak_bytes=peaks,

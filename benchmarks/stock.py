@@ -7,6 +7,7 @@ one sample each, or our own packs under a mask. B rows, L tokens of the longest 
 import copy
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,23 @@ class StockSupervised(nn.Module):
         loss = self.model(**batch.inputs, num_items_in_batch=1, use_cache=False).loss
         none = torch.zeros(0, 0, device=loss.device)
         return Objective(loss, none, none)
+
+
+def implementations(objective: nn.Module) -> dict[str, str]:
+    """Which of its ways transformers has chosen for a `StockSupervised`."""
+    config: Any = objective.get_submodule("model.model.language_model").config
+    experts = {"experts": config._experts_implementation} if config.model_type == "qwen3_moe" else {}
+    return {"attention": config._attn_implementation, **experts}
+
+
+def work(batch: Batch | StockBatch) -> dict[str, int]:
+    """What goes through a step, padding among its positions."""
+    if isinstance(batch, Batch):
+        ids_BL, pixels = batch.input_ids_BL, batch.pixels
+    else:
+        ids_BL, pixels = batch.inputs["input_ids"], batch.inputs["pixel_values"]
+    counted = {"rows": len(ids_BL), "positions": ids_BL.numel(), "tiles": len(pixels)}
+    return counted | {"tokens": batch.tokens, "labels": batch.labels}
 
 
 def question_rows(batch: Batch, tile_tokens: int, image_token: int, pad_id: int) -> Batch:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import torch.multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.loopback import ALONE, received
 from training import parallel
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     import_module("deepspeed")  # once
     recipe = replace(DEMO[-1], data="easy_vqa:test", test="", workers=0, dtype="bfloat16", stream_length=320)
     given = (assemble(recipe), recipe, chosen.size, chosen.out)
-    torch.multiprocessing.start_processes(count_settings, given, nprocs=PROCESSES, start_method="fork")
+    start_processes(count_settings, given, nprocs=PROCESSES, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("deepspeed")
 pytest.importorskip("easy_vqa")
 
-from benchmarks import bench_training, loopback, tables, wire
+from benchmarks import bench_training, loopback, stock, tables, wire
 from training.engines import deepspeed
 from training.recipes import Recipe
 
@@ -36,7 +36,8 @@ def test_ours_and_stock_learn_the_same(steps: bench_training.TrainingSteps) -> N
         steps.run(name)
         results[name] = steps.result
         assert steps.loss(name) == steps.result.loss
-    assert bench_training.stock_facts(steps) == {"attention": "sdpa", "experts": "grouped_mm"}
+    chosen = stock.implementations(steps.engines["stock"].objective)
+    assert chosen == {"attention": "sdpa", "experts": "grouped_mm"}
     ours = results.pop("sail")
     assert ours.finite and ours.loss > 1 and ours.labels > 10 and ours.grad_norm > 0.1
     for theirs in results.values():
@@ -58,7 +59,7 @@ def test_ours_and_stock_learn_the_same(steps: bench_training.TrainingSteps) -> N
 def test_a_mask_is_who_sees_whom(steps: bench_training.TrainingSteps) -> None:
     """Of every query as many keys as our packs' attention has."""
     (pack,) = steps.packs
-    mask = bench_training.packed(pack).inputs["attention_mask"]
+    mask = stock.packed(pack).inputs["attention_mask"]
     assert mask.dtype == torch.bool and int(mask.sum()) == pack.pairs
     assert bool(mask.diagonal(dim1=-2, dim2=-1).all()), "a row of the mask that is empty gives NaN"
 
@@ -120,7 +121,8 @@ def results() -> dict[str, Any]:
     step = {
         "family": "training",
         "kind": "train",
-        "case": {"dtype": "float32"},
+        "case": {"model": "the demo's model", "dtype": "float32"},
+        "deepspeed": "0.19.8",
         "stock": {"attention": "sdpa", "experts": "grouped_mm"},
         "ms": ms,
         "speedup": {name: ms[name] / ms["sail"] for name in ms if name != "sail"},
@@ -137,9 +139,13 @@ def test_tables() -> None:
     found = tables.training_table(results())
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
     assert ["stock padded", "400", "3,000", "4.00", "4", "4.00", "6.50000", "2", "1,280", "8", "300"] in cells
+    assert "a step of the demo's model" in cells[0] and "MFU" not in cells[0]
     assert ["ZeRO-3", "4.0", "4.00", "16.0", "16.00"] in cells
     assert "psi, 1 micro-batch " in found and "MB, 4 micro-batches" in found
-    assert "float32; " in found and "(sdpa attention, grouped_mm experts)" in found
+    assert (
+        "by DeepSpeed 0.19.8, float32, from the same weights" in found
+        and "(sdpa attention, grouped_mm experts)" in found
+    )
     without_wire = {"benchmarks": results()["benchmarks"][:1]}
     assert "wire" not in tables.training_table(without_wire)
     assert tables.training_table({"benchmarks": []}) == ""
