@@ -88,6 +88,16 @@ def test_the_loop_over_experts_is_the_last_way(monkeypatch: pytest.MonkeyPatch) 
     assert chosen == ["grouped_mm", "grouped_mm", "eager"]
 
 
+def test_both_sides_begin_with_the_same_weights() -> None:
+    states = []
+    for side in ("sail", "stock"):
+        steps = CardTraining(sized(CASES["2B"]), side)
+        states.append(steps.engine.objective.get_submodule("model").state_dict())
+        steps.close()
+    ours, stocks = stock.to_stock(states[0]), states[1]
+    assert ours.keys() == stocks.keys() and all(torch.equal(ours[key], stocks[key]) for key in ours)
+
+
 def test_an_engine_that_is_closed_gives_its_memory_back() -> None:
     steps = CardTraining(sized(CASES["2B"]), "sail")
     engine: Any = steps.engine._engine
