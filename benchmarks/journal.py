@@ -24,7 +24,7 @@ def start(header: Callable[[], tuple[Path, Row]] | None) -> None:
 
 
 def write(name: str, info: Row, state: str) -> None:
-    """A row by its test's name, on disk when this returns; `state`: "ours alone" or "whole"."""
+    """A row by its test's name, on disk when this returns; `state`: "ours alone", "in part" or "whole"."""
     if _header is None:
         return
     family = info["family"]

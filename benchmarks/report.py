@@ -38,6 +38,7 @@ TITLES = {
     "linear": "Linear layers",
     "loss": "Head and loss",
     "step": "A whole decoder layer",
+    "training": "A whole step of training",
 }
 MARKERS = "<!-- bench:{}:start -->", "<!-- bench:{}:end -->"
 NOTICE = "<!-- written by `python -m benchmarks.report`; do not edit -->"

@@ -232,11 +232,57 @@ def not_measured_table(results: Row) -> str:
     return table(["not measured", "peer", "cases", "why"], lines)
 
 
+def training_table(results: Row) -> str:
+    """A model's step beside stock's on the same content, a table a model; then the bytes of a step on the wire."""
+    rows = infos(results, "training")
+    parts = [part for i in rows if i["kind"] == "train" for part in (whole_step_table(i), stock_line(i))]
+    parts += [wire_table(i) for i in rows if i["kind"] == "wire"]
+    return "\n\n".join(parts)
+
+
+def whole_step_table(row: Row) -> str:
+    """A line a way to train: time, peak of memory, the loss, which is one and the same, and what went through."""
+    tokens, ms, peaks, lines = row["work"]["sail"]["tokens"], row["ms"], row["peak_bytes"], []
+    on_card = {"mfu": ("MFU", ".1%"), "update_ms": ("update, ms", ".0f")} if "mfu" in row else {}
+    for name in ms:
+        work = [f"{row['work'][name][key]:,.0f}" for key in ("rows", "positions", "tiles", "labels")]
+        speed = [f"{ms[name]:.0f}", f"{1e3 * tokens / ms[name]:,.0f}", f"{ms[name] / ms['sail']:.2f}"]
+        speed += [format(row[key][name], form) for key, (_, form) in on_card.items()]
+        memory = [f"{peaks[name] / 2**20:,.0f}", f"{peaks[name] / peaks['sail']:.2f}"]
+        lines.append([name, *speed, *memory, f"{row['loss'][name]:.5f}", *work])
+    header = [f"a step of {row['case']['model']}", "ms", "tokens/s", "x sail's time"]
+    header += [*(title for title, _ in on_card.values()), "peak MiB", "x sail's peak", "loss"]
+    return table([*header, "rows", "positions", "pictures", "labels"], lines)
+
+
+def stock_line(row: Row) -> str:
+    """What the peer is."""
+    stock = ", ".join(f"{way} {part}" for part, way in row["stock"].items())
+    return (
+        f"ZeRO-2 with offload by DeepSpeed {row['deepspeed']}, {row['case']['dtype']}, from the same weights. "
+        f"stock: transformers' modules with their defaults ({stock or 'not measured'}). padded: an answer a row, with "
+        "its picture. tokens: those of sail's packs."
+    )
+
+
+def wire_table(row: Row) -> str:
+    """Bytes that a step puts on the wire, a line a setting: counted, and in units of psi, the weights' bytes."""
+    psi, counts = row["psi"], list(next(iter(row["wire"].values())))
+    header = ["bytes on the wire a step, both processes"]
+    header += [f"{unit}, {count} micro-batch{'es' * (count != '1')}" for count in counts for unit in ("MB", "psi")]
+    lines = [
+        [name, *(shown for count in counts for shown in (f"{of[count] / 1e6:.1f}", f"{of[count] / psi:.2f}"))]
+        for name, of in row["wire"].items()
+    ]
+    return table(header, lines)
+
+
 TABLES = {  # beside moe's
     "norm": norm_table,
     "attention": attention_table,
     "linear": linear_table,
     "loss": loss_table,
     "step": step_table,
+    "training": training_table,
 }
 CARD_TABLES = TABLES | {"grouped_mm": grouped_mm_table}  # there are rows of a card alone

@@ -5,7 +5,6 @@ gradients of every layer. The fp64 run is transformers' too, with the casts to f
 out.
 """
 
-import copy
 import re
 import types
 from collections.abc import Iterator
@@ -16,30 +15,10 @@ import torch
 import torch.nn.functional as F
 from tiny_model import IMAGE, PAD, lively_model, one_thread, pixels, prompt, tiny_config
 from torch import Tensor, nn
-from transformers import Aimv2VisionConfig, InternVLConfig, InternVLForConditionalGeneration
 
+from benchmarks.stock import State, stock_key, stock_model, to_stock
 from sail_model import SailVL2Config, SailVL2ForConditionalGeneration
 from sail_ops.testing import assert_accurate
-
-State = dict[str, Tensor]
-
-RENAMES = [
-    (r"^vision_model\.preprocessor\.patchifier\.proj\.", "model.vision_tower.embeddings.patch_embed."),
-    (r"^vision_model\.preprocessor\.patchifier\.norm\.", "model.vision_tower.embeddings.rms_norm."),
-    (r"^vision_model\.preprocessor\.pos_embed$", "model.vision_tower.embeddings.position_embedding.weight"),
-    (r"^vision_model\.trunk\.post_trunk_norm\.", "model.vision_tower.rms_norm."),
-    (r"^vision_model\.trunk\.blocks\.(\d+)\.", r"model.vision_tower.encoder.layers.\1."),
-    (r"\.attn\.proj\.", ".attention.out_proj."),
-    (r"\.mlp\.fc1\.", ".ffn.gate_proj."),
-    (r"\.mlp\.fc3\.", ".ffn.up_proj."),
-    (r"\.mlp\.fc2\.", ".ffn.down_proj."),
-    (r"\.norm_([12])\.", r".rms_norm\1."),
-    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
-    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
-    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -48,56 +27,23 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def reference_key(key: str) -> str:
-    for pattern, replacement in RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def to_reference(state: State) -> State:
-    """Our names and layouts -> transformers'."""
-    mapped = {}
-    for key, value in state.items():
-        if key.endswith("attn.qkv.weight"):
-            stem = reference_key(key.removesuffix("attn.qkv.weight"))
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                mapped[f"{stem}attention.{name}_proj.weight"] = part
-        else:
-            mapped[reference_key(key)] = value[0] if key.endswith("pos_embed") else value
-    return mapped
-
-
 def from_reference(state: State, like: State) -> State:
     """transformers' names and layouts -> ours, for the keys of `like`."""
     mapped = {}
     for key in like:
         if key.endswith("attn.qkv.weight"):
-            stem = reference_key(key.removesuffix("attn.qkv.weight"))
+            stem = stock_key(key.removesuffix("attn.qkv.weight"))
             mapped[key] = torch.cat([state[f"{stem}attention.{name}_proj.weight"] for name in "qkv"])
         else:
-            value = state[reference_key(key)]
+            value = state[stock_key(key)]
             mapped[key] = value[None] if key.endswith("pos_embed") else value
     return mapped
 
 
 def reference_model(config: SailVL2Config, state: State, dtype: torch.dtype) -> nn.Module:
     """transformers' model with our weights."""
-    vision = config.vision_config
-    fields = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size rms_norm_eps"
-    model = InternVLForConditionalGeneration(
-        InternVLConfig(
-            vision_config=Aimv2VisionConfig(use_head=False, **{name: getattr(vision, name) for name in fields.split()}),
-            text_config=copy.deepcopy(config.text_config),
-            image_token_id=config.image_token_id,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-    )
+    model = stock_model(config, state)
     model.set_experts_implementation("eager")
-    model.load_state_dict(to_reference(state), strict=True)
-    # its pixel shuffle views features that its patch embedding leaves transposed
-    model.model.vision_tower.embeddings.register_forward_hook(lambda module, args, output: output.contiguous())
     return widen(model.double()) if dtype == torch.float64 else model.to(dtype)
 
 
@@ -222,7 +168,7 @@ def test_swapped_gate_and_up_fail() -> None:
 
 def test_weights_map_both_ways() -> None:
     state = lively_model(tiny_config(True)).state_dict()
-    back = from_reference(to_reference(state), state)
+    back = from_reference(to_stock(state), state)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], value) for key, value in state.items())
     SailVL2ForConditionalGeneration(tiny_config(True)).load_state_dict(back, strict=True)
