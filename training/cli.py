@@ -16,6 +16,7 @@ from training.errors import InputError
 from training.faults import lost_process, report_end
 from training.interrupt import Interrupted
 from training.recipes import Recipe, read_recipe, resumed
+from training.yaml_numbers import safe_load
 
 Plan = tuple[Recipe, ...]
 
@@ -118,7 +119,7 @@ def _stages_of(config: Path | None, stages: Any, common: dict[str, Any]) -> Plan
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"--config: {path}: {error}") from error
     if not isinstance(found, dict):

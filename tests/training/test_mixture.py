@@ -1,13 +1,15 @@
 """A mixture names sources, weights and limits; what it leaves out or gets wrong is said."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from training.data.easy_vqa import EasyVqa
+from training.data.easy_vqa import NAMES, EasyVqa
 from training.data.mixture import open_data, usable
 from training.errors import InputError
+from training.evaluate import pairs
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ BOTH = "sources:\n- path: small.jsonl\n- path: large.jsonl\n"
         (BOTH, (0.2, 0.8)),
         ("balance: 0\n" + BOTH, (0.5, 0.5)),
         ("balance: 0.5\n" + BOTH, (1 / 3, 2 / 3)),
-        ("sources:\n- {path: small.jsonl, weight: 3}\n- {path: large.jsonl, weight: 1}\n", (0.75, 0.25)),
+        ("sources:\n- {path: small.jsonl, weight: 3e-3}\n- {path: large.jsonl, weight: 1e-3}\n", (0.75, 0.25)),
         ("sources:\n- {path: small.jsonl, weight: 3}\n- {path: large.jsonl}\n", (0.75, 0.25)),
         ("sources:\n- {path: small.jsonl}\n- {path: large.jsonl, limit: 4}\n", (0.5, 0.5)),
     ],
@@ -116,3 +118,14 @@ def test_easy_vqa_has_the_published_sizes() -> None:
     counts = [sum(len(source.conversation(n).branches) for n in range(len(source))) for source in (train, test)]
     assert counts == [38575, 9673]
     assert train.fingerprint["sha256"] != test.fingerprint["sha256"]
+
+
+def test_parts_of_easy_vqa_have_their_kind_of_answers_alone_and_balanced_has_yes_as_often_as_no() -> None:
+    asked = {name: list(pairs(usable(open_data(name)))) for name in NAMES}
+    assert {answer for _, answer in asked["easy_vqa:shapes"]} == {"circle", "rectangle", "triangle"}
+    whole = [pair for pair in asked["easy_vqa"] if pair[1] not in ("yes", "no")]
+    assert asked["easy_vqa:shapes-and-colors"] == whole
+    count = Counter(asked["easy_vqa:balanced"])
+    for question in {question for question, answer in count if answer in ("yes", "no")}:
+        yes, no = count[question, "yes"], count[question, "no"]
+        assert abs(yes - no) < 5 * (yes + no) ** 0.5, question  # five standard deviations of as many draws

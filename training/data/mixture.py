@@ -27,6 +27,7 @@ from training.data.json_edges import WHITE
 from training.data.order import permuted
 from training.data.sources import Source, open_source
 from training.errors import InputError
+from training.yaml_numbers import safe_load
 
 LIMIT_KEY = 20250914
 
@@ -92,7 +93,7 @@ def _is_json_mixture(path: Path) -> bool:
 
 
 def _read_mixture(path: Path) -> Mixture:
-    read = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
+    read = json.loads if path.suffix.lower() == ".json" else safe_load
     try:
         found = read(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as error:
