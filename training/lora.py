@@ -4,10 +4,12 @@ Source: LoRA (arXiv 2106.09685). Experts are one parameter for each projection, 
 `target_parameters`: the factors are folded into the weights of a forward, and their gradients come from dW.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from training.errors import InputError
@@ -87,8 +89,21 @@ def merged(wrapped: nn.Module) -> nn.Module:
 
 
 def save_adapter(wrapped: Any, folder: Path) -> None:
-    """adapter_model.safetensors and adapter_config.json: the factors apart from the model."""
+    """adapter_model.safetensors and adapter_config.json: the factors apart from the model, with what is trained whole.
+
+    That, the projector of a recipe, goes along as PEFT's `modules_to_save`, so that the base model and the adapter
+    together are the model trained.
+    """
     wrapped.save_pretrained(folder)
+    whole = {name: p for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
+    if not whole:
+        return
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = {name: p.detach().cpu().contiguous() for name, p in whole.items()}
+    save_file(load_file(weights) | tensors, weights, metadata={"format": "pt"})
+    modules = {name.removeprefix("base_model.model.").split(".")[0] for name in whole}
+    described = json.loads(config.read_text()) | {"modules_to_save": sorted(modules)}
+    config.write_text(json.dumps(described, indent=2, sort_keys=True))
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:

@@ -11,7 +11,7 @@ from sail_model import SailVL2ForConditionalGeneration
 from training import checkpoint, parallel
 from training.assemble import Parts, freeze, open_samples
 from training.cli import Command
-from training.data.loader import StreamLoader
+from training.data.loader import StreamLoader, start_server
 from training.data.streams import probe
 from training.engines.deepspeed import DeepSpeedEngine
 from training.lora import LoraOptions, merged, save_adapter, wrap
@@ -36,6 +36,8 @@ def train(command: Command, parts: Parts) -> Path:
     steps_before = state["total"] - state["step"]
     saved: Path | None = None
     peak = peak_flops(plan[0].dtype) * parallel.world()
+    if any(recipe.workers for recipe in plan):
+        start_server()  # beside the import of DeepSpeed
     with ExitStack() as stack:
         if parallel.is_first():
             stack.enter_context(checkpoint.only_run_in(out))

@@ -98,8 +98,12 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
-def test_adapter_apart_and_merged_are_the_same_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projector", [False, True])
+def test_adapter_apart_and_merged_are_the_same_model(projector: bool, tmp_path: Path) -> None:
     wrapped = adapted()
+    if projector:  # trained whole, as a recipe does
+        for weight in wrapped.base_model.model.mlp1.parameters():
+            weight.requires_grad_().data.mul_(1.5)
     logits = wrapped(input_ids=IDS, pixel_values=PIXELS).logits
     save_adapter(wrapped, tmp_path)
     loaded = load_adapter(lively_model(tiny_config(True)), tmp_path).eval()

@@ -6,10 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -38,6 +41,11 @@ class LoadedStep:
     waited: float  # seconds
     padding: float  # share of all positions
     tiles: list[int]  # of each micro-batch
+
+
+class _Made(NamedTuple):
+    step: LoadedStep
+    drawn: dict[int, Drawn]
 
 
 class StreamLoader:
@@ -82,22 +90,30 @@ class StreamLoader:
         self._stream = partial(LogicalStream, samples, packing, seed=seed, streams=streams)
         self._states: dict[int, dict[str, Any]] = {}
         self._steps: Iterator[Item | Parcel] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[_Made] | None = None
 
     def next(self) -> LoadedStep:
-        """The next step's micro-batches."""
+        """The next step's micro-batches. With workers, the step behind it is received and collated in a thread."""
         began = time.perf_counter()
+        made = self._made() if self._ahead is None else self._ahead.result()
+        self._ahead = self._thread.submit(self._made) if self.workers else None
+        self._states.update({number: found.state for number, found in made.drawn.items()})
+        return replace(made.step, waited=time.perf_counter() - began)
+
+    def _made(self) -> _Made:
         drawn = self._next_rows()
-        self._states.update({number: found.state for number, found in drawn.items()})
         batches = [collate([drawn[number].row for number in share], self.pad_id) for share in self.shares]
         positions = sum(batch.input_ids_BL.numel() for batch in batches)
-        return LoadedStep(
+        step = LoadedStep(
             batches=batches,
             faults=[fault for number in self.own for fault in drawn[number].faults],
             records=sum(found.records for found in drawn.values()),
-            waited=time.perf_counter() - began,
+            waited=0.0,
             padding=1 - sum(batch.tokens for batch in batches) / positions,
             tiles=[len(batch.pixels) for batch in batches],
         )
+        return _Made(step, drawn)
 
     def _next_rows(self) -> dict[int, Drawn]:
         if self._steps is None:
@@ -121,15 +137,12 @@ class StreamLoader:
         rows = _Rows(self._stream, self.own, self._states)
         if not self.workers:
             return rows.__iter__()
-        # a fork of this process would copy its threads' locks; the server's forks share one import of torch
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["training.data.loader"])
         loader = DataLoader(
             rows,
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
-            multiprocessing_context=context,
+            multiprocessing_context=start_server(),
             worker_init_fn=_start_worker,
         )
         started: Iterator[Item | Parcel] = iter(loader)
@@ -161,7 +174,20 @@ class StreamLoader:
 
     def close(self) -> None:
         """End the worker processes."""
-        self._steps = None
+        if self._ahead is not None:
+            self._ahead.exception()  # what it has, or what befell it, is of no use any more
+        self._ahead = self._steps = None
+
+
+def start_server() -> ForkServerContext:
+    """The context of worker processes. Their server begins to import what they need, if it has not: that takes seconds.
+
+    A fork of this process would copy its threads' locks; the server's forks share one import of torch.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.data.loader"])
+    forkserver.ensure_running()
+    return context
 
 
 class _Rows(IterableDataset):

@@ -1,7 +1,9 @@
 """What a worker process sends for a step: its streams' rows, in shared memory."""
 
+import math
 import pickle
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,14 +16,14 @@ Item = list[tuple[int, Drawn]] | InputError  # rows by stream; torch would bury 
 
 @dataclass
 class Parcel:
-    """An item as two tensors, which lie in shared memory: the pipe carries their names and a few integers.
+    """An item as one tensor, which lies in shared memory: the pipe carries its name and a few integers.
 
     So short a message is written whole or not at all. Of a longer one, a worker that is killed may leave a part, and
     the reader would wait for the rest for ever, as the other workers hold the pipe open.
     """
 
-    rows: Tensor  # pickled, uint8
-    pixels: Tensor  # of all rows
+    data: Tensor  # uint8: the pixels of all rows, fp32, then the rows, pickled
+    shape: list[int]  # of the pixels
     tiles: list[int]  # of each row
 
     @classmethod
@@ -31,14 +33,17 @@ class Parcel:
         if not isinstance(item, InputError):
             tiles = [len(found.row.pixels) for _, found in item]
             pixels = torch.cat([found.row.pixels for _, found in item])
-            bare = [replace(found, row=replace(found.row, pixels=torch.zeros(0))) for _, found in item]
-            item = [(number, found) for (number, _), found in zip(item, bare, strict=True)]
-        return cls(torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8), pixels, tiles)
+            elsewhere = cast(Tensor, None)  # a tensor without elements takes as long to pickle as all else
+            item = [(number, replace(found, row=replace(found.row, pixels=elsewhere))) for number, found in item]
+        rows = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
+        return cls(torch.cat([pixels.flatten().view(torch.uint8), rows]), list(pixels.shape), tiles)
 
     def opened(self) -> Item:
         """What was put in; its pixels are views."""
-        item: Item = pickle.loads(self.rows.numpy().tobytes())
+        size = 4 * math.prod(self.shape)
+        item: Item = pickle.loads(self.data.numpy()[size:].data)
         if not isinstance(item, InputError):
-            for (_, found), pixels in zip(item, self.pixels.split(self.tiles), strict=True):
-                found.row.pixels = pixels
+            pixels = self.data[:size].view(torch.float32).view(self.shape)
+            for (_, found), own in zip(item, pixels.split(self.tiles), strict=True):
+                found.row.pixels = own
         return item
