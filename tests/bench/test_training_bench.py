@@ -13,7 +13,7 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("deepspeed")
 pytest.importorskip("easy_vqa")
 
-from benchmarks import bench_training, loopback, stock, tables, wire
+from benchmarks import bench_training, loopback, report, stock, tables, targets, wire
 from training.engines import deepspeed
 from training.recipes import Recipe
 
@@ -149,3 +149,21 @@ def test_tables() -> None:
     without_wire = {"benchmarks": results()["benchmarks"][:1]}
     assert "wire" not in tables.training_table(without_wire)
     assert tables.training_table({"benchmarks": []}) == ""
+
+
+def test_targets_are_of_the_same_content() -> None:
+    assert [targets.training({"training": results()}, f"stock {kind}") for kind in ("padded", "packed")] == [4.0, 1.5]
+
+
+def test_kept_results_have_one_loss_and_the_bytes_of_their_collectives() -> None:
+    """Every way to train a step has the same loss; ZeRO sends a whole number of half weights, and some headers."""
+    kept = report.kept(report.README_DEVICE)["training"]
+    step, sent = (row["extra_info"] for row in kept["benchmarks"])
+    losses = torch.tensor([step["loss"][name] for name in bench_training.NAMES])
+    torch.testing.assert_close(losses, losses[:1].expand_as(losses))
+    by_setting = {name: {int(g): found / sent["psi"] for g, found in of.items()} for name, of in sent["wire"].items()}
+    formulas = {"offload": lambda g: 2 * g + 1, "owners": lambda g: 1.5 * g + 1, "use": lambda g: 4 * g}
+    for end, formula in formulas.items():
+        (found,) = (of for name, of in by_setting.items() if name.endswith(end))
+        assert list(found) == [1, 4]
+        assert all(formula(g) < psi < formula(g) + 0.25 * g for g, psi in found.items()), (end, found)
