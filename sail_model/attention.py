@@ -88,7 +88,7 @@ def causal_attention(
         if pack.keys is None:
             k_TGA, v_TGA = k_BSGA.flatten(0, 1), v_BSGA.flatten(0, 1)
         else:
-            k_TGA, v_TGA = (t[pack.keys.rows, pack.keys.columns] for t in (k_BSGA, v_BSGA))
+            k_TGA, v_TGA = (gathered(t, pack.keys) for t in (k_BSGA, v_BSGA))
         lengths = pack.cu_seqlens, keys.cu_seqlens, pack.max_seqlen, keys.max_seqlen
         return sail_ops.attention_varlen(q_BLHA.flatten(0, 1), k_TGA, v_TGA, *lengths, causal=True).view_as(q_BLHA)
     if mask is None:
@@ -98,6 +98,17 @@ def causal_attention(
         return sail_ops.attention(q_BLHA, k_BSGA, v_BSGA, causal=True)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHA, k_BSGA, v_BSGA))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def gathered(t_BSGA: Tensor, keys: Keys) -> Tensor:
+    """t at the keys, [keys, G, A]. Its backward adds up keys that several sequences see, in the same order each time.
+
+    On a CPU that is index_select's: advanced indexing's adds from several threads at once, by atomics. On CUDA it is
+    the other way round.
+    """
+    if t_BSGA.device.type == "cpu":
+        return t_BSGA.flatten(0, 1).index_select(0, keys.rows * t_BSGA.shape[1] + keys.columns)
+    return t_BSGA[keys.rows, keys.columns]
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:

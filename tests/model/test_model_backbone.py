@@ -13,7 +13,8 @@ from tiny_model import PAD, lively_model, one_thread, pixels, prompt, tiny_confi
 from torch import Tensor, nn
 
 from sail_model import SailVL2ForConditionalGeneration
-from sail_model.attention import pack_of, pack_with_keys
+from sail_model.attention import Keys, gathered, pack_of, pack_with_keys
+from sail_ops import testing
 
 Model = SailVL2ForConditionalGeneration
 
@@ -132,6 +133,26 @@ def test_replay_of_another_model(shape: Any, message: str, model: Model, inputs:
 
 
 # ---- packs ----------------------------------------------------------------------------------------------------------
+def test_gradients_of_a_key_that_many_sequences_see_are_added_up_in_order() -> None:
+    """In advanced indexing's backward several threads would add at once: another sum each time."""
+    seen = 3000
+    keys = Keys(
+        torch.zeros(seen, dtype=torch.int64), torch.ones(seen, dtype=torch.int64), torch.tensor([0, seen]), seen
+    )
+    t_BSGA = testing.random(1, 3, 2, 32, seed=0).requires_grad_()
+    grad_KGA = testing.random(seen, 2, 32, seed=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (found,) = torch.autograd.grad(gathered(t_BSGA, keys), t_BSGA, grad_KGA)
+    finally:
+        torch.set_num_threads(threads)
+    want = torch.zeros_like(t_BSGA)
+    for grad_GA in grad_KGA:
+        want[0, 1] += grad_GA
+    assert torch.equal(found, want)
+
+
 def test_branches_see_their_prefix_and_themselves(model: Model) -> None:
     """Two rows; in the first, two branches on one prefix with a picture. Each equals its prefix with it alone."""
     prefix, branches, other = prompt(1, 6, 1), [prompt(0, 3, 2), prompt(0, 4, 3)], prompt(0, 15, 4)
