@@ -99,7 +99,7 @@ def save_adapter(wrapped: Any, folder: Path) -> None:
     if not whole:
         return
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors = {name: p.detach().cpu().contiguous() for name, p in whole.items()}
+    tensors = {name: p.detach().contiguous() for name, p in whole.items()}
     save_file(load_file(weights) | tensors, weights, metadata={"format": "pt"})
     modules = {name.removeprefix("base_model.model.").split(".")[0] for name in whole}
     described = json.loads(config.read_text()) | {"modules_to_save": sorted(modules)}
