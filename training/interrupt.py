@@ -13,6 +13,11 @@ _PARENT = os.getppid()
 REPEAT_SECONDS = 5.0
 
 
+def launcher_ended() -> bool:
+    """Whether torchrun, which started this process, is gone."""
+    return LAUNCHED in os.environ and os.getppid() != _PARENT
+
+
 class Interrupted(Exception):
     """Training stopped on a signal; the checkpoint at `checkpoint` holds the run."""
 
@@ -49,7 +54,7 @@ class Watch:
     @property
     def number(self) -> int:
         """Of the first signal; 0 before."""
-        if not self._number and LAUNCHED in os.environ and os.getppid() != _PARENT:
+        if not self._number and launcher_ended():
             self._number = signal.SIGHUP
         return self._number
 

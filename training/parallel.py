@@ -3,8 +3,10 @@
 import os
 import socket
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.errors import InputError
+from training.interrupt import launcher_ended
 
 HOST = torch.device("cpu")  # where checkpoints, exports and offloaded state are
 # a rank that died leaves the others waiting; they give up after this many seconds
@@ -109,7 +112,26 @@ def start_processes(device: str | None = None) -> None:
             raise InputError(f"process {local} of this machine has no {kind.name}: it has {devices.device_count()}")
         devices.set_device(local)
     seconds = float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT))
-    dist.init_process_group(kind.backend, timeout=timedelta(seconds=seconds))
+    with _ending_with_launcher():
+        dist.init_process_group(kind.backend, timeout=timedelta(seconds=seconds))
+
+
+@contextmanager
+def _ending_with_launcher() -> Iterator[None]:
+    """A process that waits for the others would try on for minutes after torchrun, by which they join, is gone."""
+    joined = threading.Event()
+
+    def watch() -> None:
+        while not joined.wait(0.5):
+            if launcher_ended():
+                print("error: torchrun ended before all processes had joined", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def _free_port() -> int:

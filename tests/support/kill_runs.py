@@ -33,6 +33,7 @@ ENDING = (
 )
 # ours, and torchrun's, which alone speaks where a process dies before it has joined the others
 MESSAGES = ("another process of this run", "a worker process died", "stopped by SIGHUP", "failed (exitcode: -9)")
+MESSAGES += ("torchrun ended before all processes had joined",)
 
 
 class Moment(NamedTuple):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,3 +256,18 @@ def test_nothing_else_of_training_names_a_device_a_backend_or_the_group_of_all()
     assert len(files) > 30
     found = {path.relative_to(TRAINING): names for path in files if (names := named(path.read_text(encoding="utf-8")))}
     assert not found
+
+
+def test_a_process_that_waits_for_the_others_ends_with_its_launcher() -> None:
+    """Nobody listens at the port, and torch would try on for the ten minutes of its time-out, twice."""
+    joins = "from training import parallel; print('joining', flush=True); parallel.start_processes('cpu')"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {joins!r}])"
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(parallel._free_port())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], env=os.environ | torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"joining\n"
+    process.kill()
+    _, printed = process.communicate(timeout=120)  # until the last process that writes there has ended
+    assert b"torchrun ended before all processes had joined" in printed
