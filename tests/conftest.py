@@ -5,6 +5,7 @@ cpu (default): one run per CPU instruction set of this machine;  emulated: the C
 import os
 import sys
 from collections.abc import Iterator
+from unittest.mock import patch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one's waiting threads would spin on another's core
     os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -73,3 +74,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if DEVICE != "cpu" and item.get_closest_marker("cpu_only"):
             item.add_marker(pytest.mark.skip("of the CPU's implementation alone"))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """Training's one process is all there are, on the CPU; what it sets for that in the environment goes with it."""
+    from tiny_model import one_thread
+
+    from training import parallel
+
+    with patch.dict(os.environ), one_thread():
+        parallel.start_processes("cpu")
+        yield
+        parallel.stop_processes()
