@@ -25,10 +25,9 @@ from benchmarks.cases import size_name
 from benchmarks.worker import Worker
 from sail_model.tokenizer import IMAGE_CONTEXT
 from training import parallel
-from training.assemble import assemble, open_samples
+from training.assemble import assemble, open_loader, open_samples
 from training.catalog import DEMO
 from training.data.batch import Batch
-from training.data.loader import StreamLoader
 from training.engines.deepspeed import DeepSpeedEngine
 from training.objectives.supervised import Supervised
 from training.recipes import Recipe
@@ -79,15 +78,7 @@ class TrainingSteps:
         parallel.stop_processes()
 
     def _packs(self, steps: int) -> list[Batch]:
-        settings = self.recipe
-        loader = StreamLoader(
-            open_samples(settings, self.parts.processor),
-            streams=settings.streams,
-            capacity=settings.stream_length,
-            seed=settings.seed,
-            pad_id=self.parts.pad_id,
-            candidates=settings.candidates,
-        )
+        loader = open_loader(open_samples(self.recipe, self.parts.processor), self.recipe, self.parts.pad_id)
         return [loader.next().batches[0] for _ in range(steps)]
 
     def _objective(self, side: str) -> Supervised | stock.StockSupervised:

@@ -27,9 +27,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.loopback import ALONE, received
 from training import parallel
-from training.assemble import Parts, assemble, open_samples
+from training.assemble import Parts, assemble, open_loader, open_samples
 from training.catalog import DEMO
-from training.data.loader import StreamLoader
 from training.engines import deepspeed
 from training.objectives.supervised import Supervised
 from training.recipes import Recipe
@@ -90,16 +89,8 @@ def bytes_a_step(parts: Parts, recipe: Recipe, options: dict[str, Any], steps: i
     """Of both processes, after a first step, whose order of gradients and of weights DeepSpeed records."""
     with with_options(options):
         engine = deepspeed.DeepSpeedEngine(Supervised(copy.deepcopy(parts.model).bfloat16().train()), recipe)
-    loader = StreamLoader(
-        open_samples(recipe, parts.processor),
-        streams=recipe.streams,
-        micro_batches=recipe.micro_batches,
-        rank=parallel.rank(),
-        world=parallel.world(),
-        capacity=recipe.stream_length,
-        seed=recipe.seed,
-        pad_id=parts.pad_id,
-    )
+    samples = open_samples(recipe, parts.processor)
+    loader = open_loader(samples, recipe, parts.pad_id, rank=parallel.rank(), world=parallel.world())
     counted = []
     for step in range(steps + 1):
         batches = loader.next().batches

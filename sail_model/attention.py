@@ -47,11 +47,16 @@ def pack_of(cu_seqlens: Tensor) -> Pack:
 def pack_with_keys(sequences: Iterable[tuple[int, int, Tensor]]) -> Pack:
     """Of (queries, row, columns of the keys) for each sequence, in the order of the tokens."""
     queries, rows, columns = zip(*sequences, strict=True)
-    keys = [len(seen) for seen in columns]
     device = columns[0].device
-    cu_q, cu_k = (F.pad(torch.tensor(n, device=device).cumsum(0), (1, 0)).int() for n in (queries, keys))
-    row_of_key = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(keys, device=device))
-    return Pack(cu_q, max(queries), Keys(row_of_key, torch.cat(columns), cu_k, max(keys)))
+    numbers = queries, rows, [len(seen) for seen in columns]
+    queries_N, rows_N, keys_N = (torch.tensor(n, device=device) for n in numbers)
+    return pack_of_columns(queries_N, rows_N, keys_N, torch.cat(columns))
+
+
+def pack_of_columns(queries_N: Tensor, rows_N: Tensor, keys_N: Tensor, columns: Tensor) -> Pack:
+    """As `pack_with_keys`, from N sequences' numbers of queries, rows and numbers of keys, and all keys' columns."""
+    cu_q, cu_k = (F.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (queries_N, keys_N))
+    return Pack(cu_q, int(queries_N.max()), Keys(rows_N.repeat_interleave(keys_N), columns, cu_k, int(keys_N.max())))
 
 
 def pack_of_padding(mask_BS: Tensor, length: int) -> Pack:

@@ -22,6 +22,7 @@ from sail_model.tokenizer import IMAGE_CONTEXT
 from training import checkpoint
 from training.data.conversation import Conversation, Text
 from training.data.encode import EncodedMixture
+from training.data.loader import StreamLoader
 from training.data.mixture import open_data, usable
 from training.errors import InputError
 from training.recipes import PARTS, Recipe
@@ -112,6 +113,24 @@ def open_samples(recipe: Recipe, processor: SailVL2Processor, data: str | None =
     """The recipe's data, or other `data`, as samples of at most a stream's tokens."""
     return EncodedMixture(
         open_data(data or recipe.data), processor, capacity=recipe.stream_length, max_tiles=recipe.max_tiles or None
+    )
+
+
+def open_loader(samples: EncodedMixture, recipe: Recipe, pad_id: int, *, rank: int = 0, world: int = 1) -> StreamLoader:
+    """The recipe's micro-batches of `samples` for one of `world` ranks that share the data."""
+    return StreamLoader(
+        samples,
+        streams=recipe.streams,
+        micro_batches=recipe.micro_batches,
+        rank=rank,
+        world=world,
+        capacity=recipe.stream_length,
+        seed=recipe.seed,
+        candidates=recipe.candidates,
+        workers=recipe.workers,
+        picture_balance=recipe.picture_balance,
+        pad_id=pad_id,
+        blank=recipe.blank_pictures,
     )
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sail_model import SailVL2ForConditionalGeneration
 from training import checkpoint, parallel
-from training.assemble import Parts, freeze, open_samples
+from training.assemble import Parts, freeze, open_loader, open_samples
 from training.cli import Command
-from training.data.loader import StreamLoader, start_server
+from training.data.loader import start_server
 from training.data.streams import probe
 from training.engines.deepspeed import DeepSpeedEngine
 from training.lora import LoraOptions, merged, save_adapter, wrap
@@ -71,20 +71,7 @@ def train_stage(place: Place, parts: Parts, start: checkpoint.Start | None, log:
     flops = FlopCount(parts.model, parts.model.config)
     samples = open_samples(recipe, parts.processor)
     engine = DeepSpeedEngine(Supervised(parts.model), recipe)
-    loader = StreamLoader(
-        samples,
-        streams=recipe.streams,
-        micro_batches=recipe.micro_batches,
-        rank=engine.data_rank,
-        world=engine.data_world,
-        capacity=recipe.stream_length,
-        seed=recipe.seed,
-        candidates=recipe.candidates,
-        workers=recipe.workers,
-        picture_balance=recipe.picture_balance,
-        pad_id=parts.pad_id,
-        blank=recipe.blank_pictures,
-    )
+    loader = open_loader(samples, recipe, parts.pad_id, rank=engine.data_rank, world=engine.data_world)
     try:
         trainer = Trainer(place, engine, loader, parts, samples.fingerprint, flops, log)
         if start is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sail_model.attention import Keys, Pack, pack_of
+from sail_model.attention import Pack, pack_of, pack_of_columns
 from training.data.sample import IGNORE, Branch, Ids, Sample
 
 PADDING = 0
@@ -140,10 +140,5 @@ def attention_of(rows: Sequence[Sequence[tuple[int, int, int]]]) -> Pack:
     keys_S = lengths_2S.reshape(-1, 2).sum(1)
     first_2S = lengths_2S.cumsum() - lengths_2S
     columns = np.arange(lengths_2S.sum()) + np.repeat(starts_2S - first_2S, lengths_2S)
-    row_of_key = torch.from_numpy(np.repeat(row_of, keys_S))
-    keys = Keys(row_of_key, torch.from_numpy(columns), _bounds(keys_S), int(keys_S.max()))
-    return Pack(_bounds(queries), max(queries), keys)
-
-
-def _bounds(lengths: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    numbers = (torch.from_numpy(np.array(values)) for values in (queries, row_of, keys_S, columns))
+    return pack_of_columns(*numbers)

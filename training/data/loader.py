@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -38,14 +38,12 @@ class LoadedStep:
     batches: list[Batch]
     faults: list[Fault]
     records: int  # drawn for them, bad ones too
-    waited: float  # seconds
     padding: float  # share of all positions
     tiles: list[int]  # of each micro-batch
+    waited: float = 0.0  # seconds
 
 
-class _Made(NamedTuple):
-    step: LoadedStep
-    drawn: dict[int, Drawn]
+Made = tuple[LoadedStep, dict[int, dict[str, Any]]]  # and its streams' states behind it
 
 
 class StreamLoader:
@@ -91,17 +89,18 @@ class StreamLoader:
         self._states: dict[int, dict[str, Any]] = {}
         self._steps: Iterator[Item | Parcel] | None = None
         self._thread = ThreadPoolExecutor(1)
-        self._ahead: Future[_Made] | None = None
+        self._ahead: Future[Made] | None = None
 
     def next(self) -> LoadedStep:
         """The next step's micro-batches. With workers, the step behind it is received and collated in a thread."""
         began = time.perf_counter()
-        made = self._made() if self._ahead is None else self._ahead.result()
+        step, states = self._made() if self._ahead is None else self._ahead.result()
         self._ahead = self._thread.submit(self._made) if self.workers else None
-        self._states.update({number: found.state for number, found in made.drawn.items()})
-        return replace(made.step, waited=time.perf_counter() - began)
+        self._states.update(states)
+        step.waited = time.perf_counter() - began
+        return step
 
-    def _made(self) -> _Made:
+    def _made(self) -> Made:
         drawn = self._next_rows()
         batches = [collate([drawn[number].row for number in share], self.pad_id) for share in self.shares]
         positions = sum(batch.input_ids_BL.numel() for batch in batches)
@@ -109,11 +108,10 @@ class StreamLoader:
             batches=batches,
             faults=[fault for number in self.own for fault in drawn[number].faults],
             records=sum(found.records for found in drawn.values()),
-            waited=0.0,
             padding=1 - sum(batch.tokens for batch in batches) / positions,
             tiles=[len(batch.pixels) for batch in batches],
         )
-        return _Made(step, drawn)
+        return step, {number: found.state for number, found in drawn.items()}
 
     def _next_rows(self) -> dict[int, Drawn]:
         if self._steps is None:
